@@ -1,0 +1,143 @@
+// Package plan is the contract between the shim, which knows the OCI spec, and
+// pve-init, which makes it true inside an LXC container.
+//
+// It owns the data types and the framing of the sync socket and nothing else:
+// it opens no container, mounts nothing and imports only the standard library,
+// the runtime-spec types and x/sys, because pve-init links it.
+//
+// # The sync socket
+//
+// A unix stream socketpair. Both sides send messages as one JSON value a line
+// (the encoder's newline is the frame). For the container's init:
+//
+//	shim → init   Process            what to become
+//	init → shim   Event{Ready}       namespaces, mounts, cwd and argv[0] are fine;
+//	                                 with a terminal the pty master rides along as SCM_RIGHTS
+//	shim → init   Command{Start}     only after the client said so
+//	init → shim   EOF                the entrypoint runs (the socket is CLOEXEC)
+//	init → shim   Event{Error}       at any moment instead: nothing was executed
+//
+// A process of exec is the same without Command: it goes on by itself after
+// Ready. EOF from the shim before Start makes init exit with status 1.
+package plan
+
+import (
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+)
+
+// ErrorKind classifies an Event's error so that the shim can map it to a typed
+// error without reading its text.
+type ErrorKind string
+
+// The kinds of failure pve-init can report.
+const (
+	ErrorInternal   ErrorKind = "internal"   // a bug or a host that lacks something
+	ErrorInvalid    ErrorKind = "invalid"    // the spec asks for what cannot be
+	ErrorNotFound   ErrorKind = "not-found"  // argv[0] (or its interpreter) is not there
+	ErrorPermission ErrorKind = "permission" // argv[0] is not executable for the user
+)
+
+// Mounts is what the mount hook does, as JSON in the file named by the hook's
+// first argument.
+type Mounts struct {
+	// ErrorFile is a host path; the hook writes its one-line error there,
+	// because liblxc swallows a hook's stderr.
+	ErrorFile string `json:"errorFile"`
+	// Mounts in the order of the spec. Sources are host paths.
+	Mounts []specs.Mount `json:"mounts,omitempty"`
+	// Devices to be made in addition to the runtime spec's default ones.
+	Devices []specs.LinuxDevice `json:"devices,omitempty"`
+	// Sysctl keys with dots, as in the spec; written before /proc/sys may become read-only.
+	Sysctl map[string]string `json:"sysctl,omitempty"`
+	// MaskedPaths and ReadonlyPaths as in the spec.
+	MaskedPaths   []string `json:"maskedPaths,omitempty"`
+	ReadonlyPaths []string `json:"readonlyPaths,omitempty"`
+	// ReadonlyRoot asks for a read-only root file system.
+	ReadonlyRoot bool `json:"readonlyRoot,omitempty"`
+	// Propagation is the spec's rootfsPropagation ("", "private", "rslave", …).
+	Propagation string `json:"propagation,omitempty"`
+	// Cwd is made, as a directory of root's, if it is missing, before the root
+	// may become read-only.
+	Cwd string `json:"cwd,omitempty"`
+	// Terminal makes /dev/console exist as a bind target.
+	Terminal bool `json:"terminal,omitempty"`
+	// CgroupNamespace says that the container has a cgroup namespace of its own.
+	CgroupNamespace bool `json:"cgroupNamespace,omitempty"`
+	// UserNamespace says that the container has a user namespace of its own:
+	// devices are bound from the host instead of made.
+	UserNamespace bool `json:"userNamespace,omitempty"`
+	// ProcTemporary mounts proc at /proc although the spec does not ask for it,
+	// since pve-init is executed through it; Process.UnmountProc takes it away again.
+	ProcTemporary bool `json:"procTemporary,omitempty"`
+}
+
+// Process is what pve-init becomes.
+type Process struct {
+	Args     []string `json:"args"`
+	Env      []string `json:"env,omitempty"`
+	Cwd      string   `json:"cwd"`
+	UID      uint32   `json:"uid"`
+	GID      uint32   `json:"gid"`
+	Groups   []uint32 `json:"groups,omitempty"`
+	Umask    *uint32  `json:"umask,omitempty"`
+	Terminal bool     `json:"terminal,omitempty"`
+	// Rows and Columns are the terminal's first size; 0 leaves it alone.
+	Rows    uint16 `json:"rows,omitempty"`
+	Columns uint16 `json:"columns,omitempty"`
+	// Capabilities nil means none at all (all sets empty), as in the runtime spec.
+	Capabilities    *specs.LinuxCapabilities `json:"capabilities,omitempty"`
+	Rlimits         []specs.POSIXRlimit      `json:"rlimits,omitempty"`
+	NoNewPrivileges bool                     `json:"noNewPrivileges,omitempty"`
+	OOMScoreAdj     *int                     `json:"oomScoreAdj,omitempty"`
+	// AppArmorProfile is entered on exec; "" and "unconfined" leave the label alone.
+	AppArmorProfile string `json:"apparmorProfile,omitempty"`
+	// SELinuxLabel is entered on exec; "" leaves it alone.
+	SELinuxLabel string   `json:"selinuxLabel,omitempty"`
+	Seccomp      *Seccomp `json:"seccomp,omitempty"`
+	// Domainname is set by init only.
+	Domainname string `json:"domainname,omitempty"`
+	// Hooks run by init inside the container right before the exec (startContainer).
+	Hooks []specs.Hook `json:"hooks,omitempty"`
+	// HookState is the OCI state, as JSON, given to Hooks on stdin.
+	HookState []byte `json:"hookState,omitempty"`
+	// UnmountProc takes away the /proc of Mounts.ProcTemporary before the exec.
+	UnmountProc bool `json:"unmountProc,omitempty"`
+	// Finish holds what init does after liblxc is done with the root; nil for
+	// exec. liblxc makes all mounts shared after the pivot, so init first takes
+	// that back, then applies Finish.Propagation to the root and, of Finish.Mounts,
+	// the propagation options to the mounts, which are there already. MaskedPaths,
+	// ReadonlyPaths and ReadonlyRoot are taken here too, but the hook does them as
+	// well: it is the better place, being unconfined by the container's profile.
+	Finish *Mounts `json:"finish,omitempty"`
+	// Scheduler, IOPriority and Personality as in the spec.
+	Scheduler   *specs.Scheduler        `json:"scheduler,omitempty"`
+	IOPriority  *specs.LinuxIOPriority  `json:"ioPriority,omitempty"`
+	Personality *specs.LinuxPersonality `json:"personality,omitempty"`
+}
+
+// Seccomp is a compiled filter: raw struct sock_filter array in host byte order
+// and the flags for seccomp(2) SECCOMP_SET_MODE_FILTER.
+type Seccomp struct {
+	Filter []byte `json:"filter"`
+	Flags  uint   `json:"flags,omitempty"`
+}
+
+// Event goes from pve-init to the shim. Exactly one field is set.
+type Event struct {
+	Ready bool   `json:"ready,omitempty"`
+	Error *Error `json:"error,omitempty"`
+}
+
+// Command goes from the shim to the container's init.
+type Command struct {
+	Start bool `json:"start"`
+}
+
+// Error is a failure as pve-init reports it.
+type Error struct {
+	Kind    ErrorKind `json:"kind"`
+	Message string    `json:"message"`
+}
+
+// Error returns the message; it names the spec field and what failed.
+func (e *Error) Error() string { return e.Message }
