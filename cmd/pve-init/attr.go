@@ -1,0 +1,306 @@
+package main
+
+import (
+	"strconv"
+	"syscall"
+	"unsafe"
+
+	"github.com/containerd-pve/containerd-pve/lxc/plan"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+func utoa(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
+
+// capabilities by the names of the runtime spec, in the kernel's order.
+var capabilities = []string{
+	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",
+	"CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_ADMIN",
+	"CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE", "CAP_SYS_RAWIO", "CAP_SYS_CHROOT",
+	"CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYS_NICE", "CAP_SYS_RESOURCE",
+	"CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE", "CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL",
+	"CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG", "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND",
+	"CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
+}
+
+// capSet is a set of capabilities as a mask. Names nobody knows are left out:
+// the runtime spec says that what cannot be granted is no error.
+func capSet(names []string) uint64 {
+	var set uint64
+	for _, name := range names {
+		for bit, known := range capabilities {
+			if name == known {
+				set |= 1 << bit
+			}
+		}
+	}
+	return set
+}
+
+// setCredentials gives up root's identity and all capabilities but the planned.
+func (p *process) setCredentials() error {
+	caps := p.Capabilities
+	if caps == nil {
+		caps = &specs.LinuxCapabilities{}
+	}
+	bounding := capSet(caps.Bounding)
+	for bit := range 64 {
+		have, _, errno := unix.RawSyscall(unix.SYS_PRCTL, unix.PR_CAPBSET_READ, uintptr(bit), 0)
+		if errno == unix.EINVAL {
+			break // the kernel's last one
+		}
+		if errno != 0 {
+			return failed(plan.ErrorInternal, "process.capabilities.bounding", errno)
+		}
+		if have == 1 && bounding&(1<<bit) == 0 {
+			if err := unix.Prctl(unix.PR_CAPBSET_DROP, uintptr(bit), 0, 0, 0); err != nil {
+				return failed(plan.ErrorInternal, "process.capabilities.bounding", err)
+			}
+		}
+	}
+	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0); err != nil {
+		return failed(plan.ErrorInternal, "process.capabilities: keeping them across setuid", err)
+	}
+	// Raw: the package syscall would change every thread, one after the other.
+	var groups *uint32
+	if len(p.Groups) > 0 {
+		groups = &p.Groups[0]
+	}
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(p.Groups)), uintptr(unsafe.Pointer(groups)), 0); errno != 0 {
+		return failed(plan.ErrorInvalid, "process.user.additionalGids", errno)
+	}
+	gid, uid := uintptr(p.GID), uintptr(p.UID)
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, gid, gid, gid); errno != 0 {
+		return failed(plan.ErrorInvalid, "process.user.gid "+utoa(p.GID), errno)
+	}
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uid, uid, uid); errno != 0 {
+		return failed(plan.ErrorInvalid, "process.user.uid "+utoa(p.UID), errno)
+	}
+	if err := setCaps(caps); err != nil {
+		return err
+	}
+	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 0, 0, 0, 0); err != nil {
+		return failed(plan.ErrorInternal, "process.capabilities: not keeping them any longer", err)
+	}
+	return nil
+}
+
+// setCaps sets the four sets of this thread.
+func setCaps(caps *specs.LinuxCapabilities) error {
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var have, data [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &have[0]); err != nil {
+		return failed(plan.ErrorInternal, "process.capabilities", err)
+	}
+	// What is not permitted here cannot be granted, which is no error.
+	permitted := uint64(have[0].Permitted) | uint64(have[1].Permitted)<<32
+	want := capSet(caps.Permitted) & permitted
+	effective, inheritable := capSet(caps.Effective)&want, capSet(caps.Inheritable)&(permitted|inheritableOf(have))
+	for i := range data {
+		shift := 32 * i
+		data[i] = unix.CapUserData{
+			Effective:   uint32(effective >> shift),
+			Permitted:   uint32(want >> shift),
+			Inheritable: uint32(inheritable >> shift),
+		}
+	}
+	if err := unix.Capset(&hdr, &data[0]); err != nil {
+		return failed(plan.ErrorInvalid, "process.capabilities", err)
+	}
+	if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0); err != nil {
+		return failed(plan.ErrorInternal, "process.capabilities.ambient", err)
+	}
+	// Ambient capabilities are permitted and inheritable ones.
+	ambient := capSet(caps.Ambient) & want & inheritable
+	for bit := range capabilities {
+		if ambient&(1<<bit) == 0 {
+			continue
+		}
+		if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, uintptr(bit), 0, 0); err != nil {
+			return failed(plan.ErrorInvalid, "process.capabilities.ambient: "+capabilities[bit], err)
+		}
+	}
+	return nil
+}
+
+func inheritableOf(have [2]unix.CapUserData) uint64 {
+	return uint64(have[0].Inheritable) | uint64(have[1].Inheritable)<<32
+}
+
+// rlimits by the names of the runtime spec.
+var rlimits = map[string]int{
+	"RLIMIT_AS": unix.RLIMIT_AS, "RLIMIT_CORE": unix.RLIMIT_CORE, "RLIMIT_CPU": unix.RLIMIT_CPU,
+	"RLIMIT_DATA": unix.RLIMIT_DATA, "RLIMIT_FSIZE": unix.RLIMIT_FSIZE, "RLIMIT_LOCKS": unix.RLIMIT_LOCKS,
+	"RLIMIT_MEMLOCK": unix.RLIMIT_MEMLOCK, "RLIMIT_MSGQUEUE": unix.RLIMIT_MSGQUEUE, "RLIMIT_NICE": unix.RLIMIT_NICE,
+	"RLIMIT_NOFILE": unix.RLIMIT_NOFILE, "RLIMIT_NPROC": unix.RLIMIT_NPROC, "RLIMIT_RSS": unix.RLIMIT_RSS,
+	"RLIMIT_RTPRIO": unix.RLIMIT_RTPRIO, "RLIMIT_RTTIME": unix.RLIMIT_RTTIME,
+	"RLIMIT_SIGPENDING": unix.RLIMIT_SIGPENDING, "RLIMIT_STACK": unix.RLIMIT_STACK,
+}
+
+func setRlimits(list []specs.POSIXRlimit) error {
+	// Go raises the soft limit of open files when it starts. syscall.Exec puts
+	// the inherited one back before it looks at the path, and there is no other
+	// way to ask for that.
+	_ = syscall.Exec("", nil, nil)
+	for _, l := range list {
+		resource, ok := rlimits[l.Type]
+		if !ok {
+			return fail(plan.ErrorInvalid, "process.rlimits: unknown type "+l.Type)
+		}
+		// Not through x/sys/unix, which would have syscall keep its own books.
+		limit := unix.Rlimit{Cur: l.Soft, Max: l.Hard}
+		if _, _, errno := unix.RawSyscall6(unix.SYS_PRLIMIT64, 0, uintptr(resource), uintptr(unsafe.Pointer(&limit)), 0, 0, 0); errno != 0 {
+			return failed(plan.ErrorInvalid, "process.rlimits: "+l.Type, errno)
+		}
+	}
+	return nil
+}
+
+// ownStdio gives the standard streams to the user, as a program that reopens
+// /dev/stdout expects. /dev/null belongs to everybody.
+func ownStdio(uid uint32) error {
+	for fd := range firstInheritedFD {
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil {
+			if err == unix.EBADF {
+				continue
+			}
+			return err
+		}
+		if st.Uid == uid || (st.Mode&unix.S_IFMT == unix.S_IFCHR && st.Rdev == unix.Mkdev(1, 3)) {
+			continue
+		}
+		switch err := unix.Fchown(fd, int(uid), int(st.Gid)); err {
+		case nil, unix.EINVAL, unix.EPERM, unix.EROFS: // an owner or a file system beyond this user namespace
+		default:
+			return err
+		}
+	}
+	return nil
+}
+
+// resetSignals undoes what liblxc, lxc-start or whoever started this ignored or
+// blocked. Handlers go away by themselves at the execve.
+func resetSignals() error {
+	const numSignals, ignored = 64, 1 // SIG_IGN
+	for sig := 1; sig <= numSignals; sig++ {
+		// struct sigaction begins with the handler; SIG_DFL and no flags are all zero.
+		var action [8]uint64
+		if _, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), 0, uintptr(unsafe.Pointer(&action)), 8, 0, 0); errno != 0 {
+			return errno
+		}
+		if action[0] != ignored {
+			continue
+		}
+		action = [8]uint64{}
+		if _, _, errno := unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(&action)), 0, 8, 0, 0); errno != 0 {
+			return errno
+		}
+	}
+	return unix.PthreadSigmask(unix.SIG_SETMASK, &unix.Sigset_t{}, nil)
+}
+
+// setLabels has the kernel change the security label at the execve.
+func (p *process) setLabels() error {
+	if p.OOMScoreAdj != nil {
+		if err := p.root.writeProc("self/oom_score_adj", strconv.Itoa(*p.OOMScoreAdj)); err != nil {
+			return failed(plan.ErrorInvalid, "process.oomScoreAdj "+strconv.Itoa(*p.OOMScoreAdj), err)
+		}
+	}
+	if p.AppArmorProfile != "" && p.AppArmorProfile != "unconfined" {
+		value := "exec " + p.AppArmorProfile
+		err := p.root.writeProc("thread-self/attr/apparmor/exec", value)
+		if err == unix.ENOENT {
+			err = p.root.writeProc("thread-self/attr/exec", value)
+		}
+		if err != nil {
+			return failed(plan.ErrorInvalid, "process.apparmorProfile "+p.AppArmorProfile, err)
+		}
+	}
+	if p.SELinuxLabel != "" {
+		if err := p.root.writeProc("thread-self/attr/exec", p.SELinuxLabel); err != nil {
+			return failed(plan.ErrorInvalid, "process.selinuxLabel "+p.SELinuxLabel, err)
+		}
+	}
+	return nil
+}
+
+// loadSeccomp puts this thread under the filter.
+func loadSeccomp(s *plan.Seccomp) error {
+	if s == nil {
+		return nil
+	}
+	const size = int(unsafe.Sizeof(unix.SockFilter{}))
+	n := len(s.Filter) / size
+	if n == 0 || n*size != len(s.Filter) || n > 0xffff {
+		return fail(plan.ErrorInternal, "linux.seccomp: the filter is no list of instructions")
+	}
+	filter := make([]unix.SockFilter, n)
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&filter[0])), len(s.Filter)), s.Filter)
+	prog := unix.SockFprog{Len: uint16(n), Filter: &filter[0]}
+	if _, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, uintptr(s.Flags), uintptr(unsafe.Pointer(&prog))); errno != 0 {
+		return failed(plan.ErrorInvalid, "linux.seccomp", errno)
+	}
+	return nil
+}
+
+var schedPolicies = map[specs.LinuxSchedulerPolicy]uint32{
+	specs.SchedOther: 0, specs.SchedFIFO: 1, specs.SchedRR: 2, specs.SchedBatch: 3,
+	specs.SchedISO: 4, specs.SchedIdle: 5, specs.SchedDeadline: 6,
+}
+
+var schedFlags = map[specs.LinuxSchedulerFlag]uint64{
+	specs.SchedFlagResetOnFork: 0x01, specs.SchedFlagReclaim: 0x02, specs.SchedFlagDLOverrun: 0x04,
+	specs.SchedFlagKeepPolicy: 0x08, specs.SchedFlagKeepParams: 0x10,
+	specs.SchedFlagUtilClampMin: 0x20, specs.SchedFlagUtilClampMax: 0x40,
+}
+
+var ioClasses = map[specs.IOPriorityClass]int{
+	specs.IOPRIO_CLASS_RT: 1, specs.IOPRIO_CLASS_BE: 2, specs.IOPRIO_CLASS_IDLE: 3,
+}
+
+var personalities = map[specs.LinuxPersonalityDomain]uintptr{specs.PerLinux: 0, specs.PerLinux32: 8}
+
+// setScheduling is the scheduler, the I/O priority and the personality.
+func (p *process) setScheduling() error {
+	if s := p.Scheduler; s != nil {
+		policy, ok := schedPolicies[s.Policy]
+		if !ok {
+			return fail(plan.ErrorInvalid, "process.scheduler: unknown policy "+string(s.Policy))
+		}
+		attr := unix.SchedAttr{
+			Size: unix.SizeofSchedAttr, Policy: policy, Nice: s.Nice, Priority: uint32(s.Priority),
+			Runtime: s.Runtime, Deadline: s.Deadline, Period: s.Period,
+		}
+		for _, f := range s.Flags {
+			bit, ok := schedFlags[f]
+			if !ok {
+				return fail(plan.ErrorInvalid, "process.scheduler: unknown flag "+string(f))
+			}
+			attr.Flags |= bit
+		}
+		if err := unix.SchedSetAttr(0, &attr, 0); err != nil {
+			return failed(plan.ErrorInvalid, "process.scheduler", err)
+		}
+	}
+	if io := p.IOPriority; io != nil {
+		const whoProcess, classShift = 1, 13
+		class, ok := ioClasses[io.Class]
+		if !ok {
+			return fail(plan.ErrorInvalid, "process.ioPriority: unknown class "+string(io.Class))
+		}
+		if _, _, errno := unix.RawSyscall(unix.SYS_IOPRIO_SET, whoProcess, 0, uintptr(class<<classShift|io.Priority)); errno != 0 {
+			return failed(plan.ErrorInvalid, "process.ioPriority", errno)
+		}
+	}
+	if l := p.Personality; l != nil {
+		domain, ok := personalities[l.Domain]
+		if !ok || len(l.Flags) > 0 {
+			return fail(plan.ErrorInvalid, "linux.personality: unknown domain or flags: "+string(l.Domain))
+		}
+		if _, _, errno := unix.RawSyscall(unix.SYS_PERSONALITY, domain, 0, 0); errno != 0 {
+			return failed(plan.ErrorInvalid, "linux.personality", errno)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,61 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+
+	"github.com/containerd-pve/containerd-pve/lxc/plan"
+	"golang.org/x/sys/unix"
+)
+
+// socket is pve-init's end of the sync socket: one JSON value a line.
+type socket struct {
+	fd  int
+	buf []byte
+}
+
+// receive reads the next message into v; false means that the other end is closed.
+func (s *socket) receive(v any) (bool, error) {
+	for {
+		if i := bytes.IndexByte(s.buf, '\n'); i >= 0 {
+			line := s.buf[:i]
+			s.buf = s.buf[i+1:]
+			return true, json.Unmarshal(line, v)
+		}
+		chunk := make([]byte, 16<<10)
+		n, err := unix.Read(s.fd, chunk)
+		switch {
+		case err == unix.EINTR:
+		case err == unix.ECONNRESET || (err == nil && n == 0):
+			return false, nil
+		case err != nil:
+			return false, err
+		default:
+			s.buf = append(s.buf, chunk[:n]...)
+		}
+	}
+}
+
+// send writes one event, with a descriptor if pass is not negative.
+func (s *socket) send(e plan.Event, pass int) error {
+	line, err := json.Marshal(e)
+	if err != nil {
+		return err
+	}
+	line = append(line, '\n')
+	var rights []byte
+	if pass >= 0 {
+		rights = unix.UnixRights(pass)
+	}
+	for len(line) > 0 {
+		n, err := unix.SendmsgN(s.fd, line, rights, nil, unix.MSG_NOSIGNAL)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		line, rights = line[n:], nil
+	}
+	return nil
+}
