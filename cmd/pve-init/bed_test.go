@@ -38,9 +38,10 @@ type box struct {
 
 // shimEnd is the shim's end of a sync socket.
 type shimEnd struct {
-	conn    *net.UnixConn
-	lines   *bufio.Reader
-	console *os.File
+	conn  *net.UnixConn
+	lines *bufio.Reader
+	// fds came along with messages.
+	fds []*os.File
 }
 
 func program(t *testing.T) string {
@@ -126,7 +127,9 @@ func (s *shimEnd) Read(p []byte) (int, error) {
 		if messages, err := unix.ParseSocketControlMessage(oob[:oobn]); err == nil {
 			for _, m := range messages {
 				if fds, err := unix.ParseUnixRights(&m); err == nil {
-					s.console = os.NewFile(uintptr(fds[0]), "console")
+					for _, fd := range fds {
+						s.fds = append(s.fds, os.NewFile(uintptr(fd), "passed"))
+					}
 				}
 			}
 		}
@@ -208,6 +211,16 @@ func (b *box) create(p plan.Process) error {
 			b.t.Fatalf("the container ended without a reason: %s\n%s", b.stderr.String(), log)
 		}
 		err = errors.New(string(text))
+	}
+	if ready {
+		// The last one is the socket to go on with.
+		last := len(b.sync.fds) - 1
+		conn, err := net.FileConn(b.sync.fds[last])
+		b.must(err)
+		b.sync.fds[last].Close()
+		b.sync.conn.Close()
+		b.sync.conn, b.sync.fds = conn.(*net.UnixConn), b.sync.fds[:last]
+		b.t.Cleanup(func() { conn.Close() })
 	}
 	return err
 }
@@ -407,10 +420,10 @@ func TestBedTerminalAndExec(t *testing.T) {
 	if err := b.create(p); err != nil {
 		t.Fatal(err)
 	}
-	console := b.sync.console
-	if console == nil {
-		t.Fatal("no console came along")
+	if len(b.sync.fds) != 1 {
+		t.Fatalf("%d descriptors came along, want the console", len(b.sync.fds))
 	}
+	console := b.sync.fds[0]
 	b.must(b.start())
 	_, err := console.WriteString("word\n")
 	b.must(err)

@@ -59,7 +59,7 @@ func report(s *socket, err error) int {
 	if !ok {
 		e = fail(plan.ErrorInternal, err.Error())
 	}
-	if err := s.send(plan.Event{Error: e}, -1); err != nil {
+	if err := s.send(plan.Event{Error: e}); err != nil {
 		stderr(e.Message)
 	}
 	switch e.Kind {
@@ -156,7 +156,7 @@ func (p *process) prepare(s *socket) error {
 			return err
 		}
 	}
-	if err := s.send(plan.Event{Ready: true}, master); err != nil {
+	if err := s.ready(master, p.isInit); err != nil {
 		return failed(plan.ErrorInternal, "reporting ready", err)
 	}
 	if master >= 0 {

@@ -36,16 +36,16 @@ func (s *socket) receive(v any) (bool, error) {
 	}
 }
 
-// send writes one event, with a descriptor if pass is not negative.
-func (s *socket) send(e plan.Event, pass int) error {
+// send writes one event, with descriptors.
+func (s *socket) send(e plan.Event, pass ...int) error {
 	line, err := json.Marshal(e)
 	if err != nil {
 		return err
 	}
 	line = append(line, '\n')
 	var rights []byte
-	if pass >= 0 {
-		rights = unix.UnixRights(pass)
+	if len(pass) > 0 {
+		rights = unix.UnixRights(pass...)
 	}
 	for len(line) > 0 {
 		n, err := unix.SendmsgN(s.fd, line, rights, nil, unix.MSG_NOSIGNAL)
@@ -57,5 +57,31 @@ func (s *socket) send(e plan.Event, pass int) error {
 		}
 		line, rights = line[n:], nil
 	}
+	return nil
+}
+
+// ready reports that the process is ready, with the terminal's master if it is
+// not negative. The container's init hands over a new socket as well and goes on
+// with that: lxc-start holds the first one as long as it lives, so that its end
+// would say nothing about the execve.
+func (s *socket) ready(master int, renew bool) error {
+	var pass []int
+	if master >= 0 {
+		pass = append(pass, master)
+	}
+	if !renew {
+		return s.send(plan.Event{Ready: true}, pass...)
+	}
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fds[0])
+	if err := s.send(plan.Event{Ready: true}, append(pass, fds[0])...); err != nil {
+		unix.Close(fds[1])
+		return err
+	}
+	unix.Close(s.fd)
+	s.fd, s.buf = fds[1], nil
 	return nil
 }

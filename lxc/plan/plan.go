@@ -12,13 +12,20 @@
 //
 //	shim → init   Process            what to become
 //	init → shim   Event{Ready}       namespaces, mounts, cwd and argv[0] are fine;
-//	                                 with a terminal the pty master rides along as SCM_RIGHTS
+//	                                 SCM_RIGHTS: with a terminal the pty master, then
+//	                                 (last) a new socket for all that follows
 //	shim → init   Command{Start}     only after the client said so
 //	init → shim   EOF                the entrypoint runs (the socket is CLOEXEC)
 //	init → shim   Event{Error}       at any moment instead: nothing was executed
 //
-// A process of exec is the same without Command: it goes on by itself after
-// Ready. EOF from the shim before Start makes init exit with status 1.
+// The new socket is there because lxc-start keeps a copy of the first one, so
+// that the first one's end comes with lxc-start's, not with the execve. For the
+// same reason a container that ends before Ready shows by lxc-start's end.
+//
+// A process of exec is the same without Command and without a new socket: it
+// goes on by itself after Ready. EOF from the shim before Start makes init exit
+// with status 1. A reader has to take ECONNRESET for EOF: the other end closed
+// with a message unread.
 package plan
 
 import (
