@@ -484,3 +484,16 @@ func TestBedDeletedBeforeStart(t *testing.T) {
 		t.Errorf("the entrypoint ran: %s", b.stdout.String())
 	}
 }
+
+func TestBedDevOfTheImage(t *testing.T) {
+	b := newBox(t)
+	// An image's own idea of /dev, with no tmpfs in front of it.
+	b.must(os.WriteFile(filepath.Join(b.rootfs, "dev/null"), []byte("hostile"), 0o666))
+	b.must(os.Symlink("/etc/passwd", filepath.Join(b.rootfs, "dev/zero")))
+	b.must(os.Symlink("/etc/passwd", filepath.Join(b.rootfs, "dev/ptmx")))
+	b.mounts.Mounts = append(b.mounts.Mounts[:1], b.mounts.Mounts[5:]...)
+	b.mounts.Mounts = append(b.mounts.Mounts, specs.Mount{Destination: "/vol", Type: "bind", Source: "/tmp", Options: []string{"rbind", "rshared"}})
+	p := shell(`stat -c '%F %t:%T %n' /dev/null /dev/zero; readlink /dev/ptmx; grep -c shared: /proc/self/mountinfo; grep ' /vol ' /proc/self/mountinfo | grep -c shared:`)
+	p.Finish.Mounts = b.mounts.Mounts
+	expect(t, b.run(p), "character special file 1:3 /dev/null", "character special file 1:5 /dev/zero", "pts/ptmx", "1\n1")
+}
