@@ -14,7 +14,9 @@
 //
 //	mount PLANFILE   as lxc.hook.mount
 //	init FD          as the container's PID 1, until the execve
-//	exec FD          as one more process of a running container
+//	exec FD PIDFD    as one more process of the container whose init PIDFD is: it
+//	                 is born in the cgroup and the pid namespace, and enters the
+//	                 other namespaces here, where no thread of the shim is at stake
 //
 // The image and all processes of the container are hostile: a path is resolved
 // inside the root by the kernel (openat2), and what is done is done on the
@@ -54,7 +56,7 @@ func main() {
 		usage("PR_SET_DUMPABLE: " + err.Error())
 	}
 	if len(os.Args) < 3 {
-		usage("usage: pve-init mount PLANFILE | init FD | exec FD")
+		usage("usage: pve-init mount PLANFILE | init FD | exec FD PIDFD")
 	}
 	switch os.Args[1] {
 	case "mount":
@@ -64,10 +66,32 @@ func main() {
 		if err != nil || fd < firstInheritedFD {
 			usage("not a sync socket: " + os.Args[2])
 		}
+		if os.Args[1] == "exec" && len(os.Args) > 3 {
+			if err := enter(os.Args[3]); err != nil {
+				usage("entering the container: " + err.Error())
+			}
+		}
 		os.Exit(runProcess(fd, os.Args[1] == "init"))
 	default:
 		usage("unknown verb " + os.Args[1])
 	}
+}
+
+// enter joins the namespaces of the process behind the descriptor, all but its
+// pid namespace, which only children can be born in.
+func enter(pidfd string) error {
+	fd, err := strconv.Atoi(pidfd)
+	if err != nil {
+		return err
+	}
+	// A thread that shares its root and cwd may not change its mount namespace.
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return err
+	}
+	if err := unix.Setns(fd, unix.CLONE_NEWNS|unix.CLONE_NEWNET|unix.CLONE_NEWIPC|unix.CLONE_NEWUTS|unix.CLONE_NEWCGROUP); err != nil {
+		return err
+	}
+	return unix.Close(fd)
 }
 
 // usage ends the process after a mistake of the caller's.

@@ -1,0 +1,147 @@
+package lxc
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"runtime"
+	"syscall"
+
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+)
+
+// Exec runs one more process in the container and returns when it has been
+// executed. It is a child of this process, so its status is exact. NotFound:
+// the program is not in the container; FailedPrecondition: the container has
+// ended.
+//
+// The child is born in the container's cgroup and pid namespace and enters the
+// other namespaces by itself: nothing of the container's file system is looked
+// at before pve-init runs, and this process's threads stay on the host.
+func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) (_ *Process, retErr error) {
+	full := *spec
+	process, err := processPlan(&full, c.spec)
+	if err != nil {
+		return nil, err
+	}
+	process.Seccomp, err = compileSeccomp(c.spec)
+	if err != nil {
+		return nil, err
+	}
+	program, err := c.runtime.openInit()
+	if err != nil {
+		return nil, err
+	}
+	ours, theirs, err := socketpair()
+	if err != nil {
+		return nil, err
+	}
+	defer ours.close()
+	defer theirs.Close()
+	exe, err := program.open()
+	if err != nil {
+		return nil, err
+	}
+	defer exe.Close()
+	c.mu.Lock()
+	if c.ended || c.pidfd == nil {
+		c.mu.Unlock()
+		return nil, fmt.Errorf("container %s has ended: %w", c.state.ID, errdefs.ErrFailedPrecondition)
+	}
+	fd, err := unix.FcntlInt(c.pidfd.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	c.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	pidfd := os.NewFile(uintptr(fd), "pidfd")
+	defer pidfd.Close()
+	cgroup, err := os.Open(c.cgroup.payloadDir())
+	if err != nil {
+		return nil, fmt.Errorf("container %s: %w", c.state.ID, err)
+	}
+	defer cgroup.Close()
+
+	cmd := &exec.Cmd{
+		Path:       "/proc/self/fd/4",
+		Args:       []string{"pve-init", "exec", "3", "5"},
+		Env:        []string{},
+		Dir:        "/",
+		ExtraFiles: []*os.File{theirs, exe, pidfd},
+		SysProcAttr: &syscall.SysProcAttr{
+			UseCgroupFD: true,
+			CgroupFD:    int(cgroup.Fd()),
+			Setsid:      true,
+		},
+	}
+	if !process.Terminal {
+		stdio.apply(cmd)
+	}
+	started := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: its children are the container's
+		started <- func() error {
+			if err := unix.Setns(fd, unix.CLONE_NEWPID); err != nil {
+				return fmt.Errorf("enter the pid namespace: %w", err)
+			}
+			return cmd.Start()
+		}()
+	}()
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("exec in container %s: %w", c.state.ID, err)
+	}
+	theirs.Close()
+
+	p := newProcess()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_ = cmd.Wait()
+		p.finish(exitOf(cmd.ProcessState.Sys().(syscall.WaitStatus)))
+	}()
+	defer func() {
+		if retErr != nil {
+			_ = cmd.Process.Kill()
+			<-ended
+		}
+	}()
+	if err := ours.send(ctx, process); err != nil {
+		return nil, fmt.Errorf("exec in container %s: %w", c.state.ID, err)
+	}
+	m, err := ours.receive(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("exec in container %s: pve-init gave up: %w", c.state.ID, errors.Join(err, errdefs.ErrInternal))
+	}
+	if m.Error != nil {
+		m.close()
+		return nil, typed(m.Error)
+	}
+	var console *os.File
+	if process.Terminal {
+		if len(m.files) == 0 {
+			return nil, fmt.Errorf("pve-init sent no terminal: %w", errdefs.ErrInternal)
+		}
+		console = m.files[0]
+	}
+	if err := executed(ctx, ours); err != nil {
+		if console != nil {
+			console.Close()
+		}
+		return nil, err
+	}
+	// The process may have ended already; then Kill answers NotFound.
+	pid := cmd.Process.Pid
+	handle, err := openPidfd(pid)
+	p.mu.Lock()
+	p.pid, p.console = pid, console
+	if err == nil && !p.ended {
+		p.pidfd = handle
+	} else if err == nil {
+		handle.Close()
+	}
+	p.mu.Unlock()
+	return p, nil
+}

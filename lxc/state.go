@@ -1,0 +1,113 @@
+package lxc
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+)
+
+const (
+	stateFile  = "state.json"
+	exitFile   = "exit"
+	mountsFile = "mounts.json"
+	errorFile  = "error"
+	logFile    = "lxc.log"
+	monitorDir = "monitor"
+)
+
+// state is what Cleanup needs to undo a container, in Bundle/lxc/state.json.
+type state struct {
+	Namespace string `json:"namespace"`
+	ID        string `json:"id"`
+	Name      string `json:"name"`
+	LXCPath   string `json:"lxcPath"`
+	Cgroup    string `json:"cgroup"`
+}
+
+func stateDir(bundle string) string { return filepath.Join(bundle, "lxc") }
+
+// monitorCgroup is outside the container's cgroup, so that freezing or killing
+// the container leaves lxc-start alone.
+func (s *state) monitorCgroup() string { return monitorCgroup(s.Name) }
+
+func monitorCgroup(name string) string { return "/containerd-pve/monitor/" + name }
+
+// lockFile is what liblxc leaves in /run for every name it has ever locked.
+func (s *state) lockFile() string {
+	return filepath.Join("/run/lxc/lock", s.LXCPath, "."+s.Name)
+}
+
+func (s *state) write(bundle string) error {
+	dir := stateDir(bundle)
+	if err := os.MkdirAll(filepath.Join(dir, monitorDir), 0o711); err != nil {
+		return err
+	}
+	// A bundle is used once, but a failed Create may be tried again in it.
+	for _, stale := range []string{exitFile, errorFile, logFile} {
+		if err := os.Remove(filepath.Join(dir, stale)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return writeJSON(filepath.Join(dir, stateFile), s)
+}
+
+func readState(bundle string) (*state, error) {
+	var s state
+	path := filepath.Join(stateDir(bundle), stateFile)
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(data, &s); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return &s, nil
+}
+
+func readExit(bundle string) (ExitStatus, bool) {
+	var e ExitStatus
+	data, err := os.ReadFile(filepath.Join(stateDir(bundle), exitFile))
+	if err != nil || json.Unmarshal(data, &e) != nil {
+		return ExitStatus{}, false
+	}
+	return e, true
+}
+
+// erase kills what runs and removes every trace but the bundle's directory;
+// the state file goes last, so that an interrupted erase is taken up again.
+func (s *state) erase(ctx context.Context, bundle string) error {
+	if err := errors.Join(
+		removeCgroup(ctx, cgroupDir(s.Cgroup)),
+		removeCgroup(ctx, cgroupDir(s.monitorCgroup())),
+	); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(filepath.Join(s.LXCPath, s.Name)); err != nil {
+		return err
+	}
+	for _, path := range []string{
+		s.lockFile(),
+		filepath.Join(stateDir(bundle), monitorDir, fifoName),
+		filepath.Join(stateDir(bundle), stateFile),
+	} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// writeJSON replaces the file in one step: a reader sees the old or the new one.
+func writeJSON(path string, v any) error {
+	data, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}
