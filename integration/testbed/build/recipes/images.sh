@@ -1,0 +1,16 @@
+# The trees the local registry's images are made of; layers and manifests are written from them afterwards.
+bootstrap "$OUT/debian" ca-certificates
+cp -a "$OUT/debian" "$OUT/nginx"
+printf '#!/bin/sh\nexit 101\n' > "$OUT/nginx/usr/sbin/policy-rc.d"
+chmod 755 "$OUT/nginx/usr/sbin/policy-rc.d"
+cp /etc/resolv.conf "$OUT/nginx/etc/resolv.conf"
+chroot "$OUT/nginx" sh -euc 'apt-get update; apt-get install -y --no-install-recommends nginx
+	apt-get clean; rm -rf /var/lib/apt/lists/* /usr/sbin/policy-rc.d /var/log/apt /var/log/dpkg.log /var/cache/*
+	ln -sf /dev/stdout /var/log/nginx/access.log; ln -sf /dev/stderr /var/log/nginx/error.log'
+cp -a "$OUT/debian/etc/resolv.conf" "$OUT/nginx/etc/resolv.conf" 2>/dev/null || rm -f "$OUT/nginx/etc/resolv.conf"
+mkdir -p "$OUT"/busybox/{bin,etc,proc,sys,dev,tmp,root,var,run}
+chmod 1777 "$OUT/busybox/tmp"
+cp "$DEP_ROOTFS/root/bin/busybox" "$OUT/busybox/bin/busybox"
+chroot "$OUT/busybox" /bin/busybox --install -s /bin
+printf 'root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n' > "$OUT/busybox/etc/passwd"
+printf 'root:x:0:\nnogroup:x:65534:\n' > "$OUT/busybox/etc/group"

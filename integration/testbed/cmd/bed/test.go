@@ -1,0 +1,276 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"go/ast"
+	"go/build/constraint"
+	"go/parser"
+	"go/token"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/containerd-pve/containerd-pve/integration/testbed/agent"
+	"github.com/containerd-pve/containerd-pve/integration/testbed/machine"
+)
+
+// perPackage is the time limit for one package's tests.
+const perPackage = 20 * time.Minute
+
+type testPackage struct {
+	ImportPath, Dir           string
+	TestGoFiles, XTestGoFiles []string
+
+	tests  []string // top-level names in files with the build tag
+	binary string
+	err    error // why there is no binary
+}
+
+func (b *bed) test(ctx context.Context, patterns []string) error {
+	if len(patterns) == 0 {
+		patterns = []string{"./..."}
+	}
+	host := os.Getenv("TESTBED") == "host"
+	if !host {
+		if err := b.setup(ctx); err != nil {
+			return err
+		}
+	}
+	programs, err := b.programs(ctx)
+	if err != nil {
+		return err
+	}
+	packages, err := b.bedPackages(ctx, patterns)
+	if err != nil {
+		return err
+	}
+	if len(packages) == 0 {
+		return errors.New("no bed tests in " + strings.Join(patterns, " "))
+	}
+	tmp, err := os.MkdirTemp("", "bed-test-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(tmp)
+	compiled := make(chan *testPackage, 1) // the next one is compiled while one runs
+	go func() {
+		defer close(compiled)
+		for _, p := range packages {
+			p.compile(ctx, b.repo, tmp)
+			select {
+			case compiled <- p:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
+	failed := false
+	for p := range compiled {
+		begin := time.Now()
+		ok := false
+		switch {
+		case p.err != nil:
+			fmt.Println(p.err)
+			fmt.Printf("FAIL\t%s [build failed]\n", p.ImportPath)
+		case host:
+			ok, err = b.testOnHost(ctx, p, programs)
+		default:
+			ok, err = b.testInGuest(ctx, p, programs, filepath.Join(tmp, "vm"))
+		}
+		if err != nil {
+			fmt.Println("bed:", err)
+			ok = false
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		took := time.Since(begin).Seconds()
+		if ok {
+			fmt.Printf("ok  \t%s\t%.3fs\n", p.ImportPath, took)
+		} else {
+			failed = true
+			if p.err == nil {
+				fmt.Printf("FAIL\t%s\t%.3fs\n", p.ImportPath, took)
+			}
+		}
+	}
+	if failed {
+		fmt.Println("FAIL")
+		return exitError(1)
+	}
+	return nil
+}
+
+// bedPackages are the packages that have test files with the build tag bed.
+func (b *bed) bedPackages(ctx context.Context, patterns []string) ([]*testPackage, error) {
+	cmd := exec.CommandContext(ctx, "go", append([]string{"list", "-e", "-tags", "bed", "-json=ImportPath,Dir,TestGoFiles,XTestGoFiles"}, patterns...)...)
+	cmd.Dir = b.repo
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("go list: %w\n%s", err, stderr.String())
+	}
+	var all []*testPackage
+	for d := json.NewDecoder(bytes.NewReader(out)); ; {
+		p := &testPackage{}
+		if err := d.Decode(p); errors.Is(err, io.EOF) {
+			return all, nil
+		} else if err != nil {
+			return nil, fmt.Errorf("go list: %w", err)
+		}
+		for _, f := range append(p.TestGoFiles, p.XTestGoFiles...) {
+			names, err := bedTests(filepath.Join(p.Dir, f))
+			if err != nil {
+				return nil, err
+			}
+			p.tests = append(p.tests, names...)
+		}
+		if len(p.tests) > 0 {
+			all = append(all, p)
+		}
+	}
+}
+
+// bedTests are the tests, examples and fuzz targets of a file that only the tag bed brings in.
+func bedTests(file string) ([]string, error) {
+	f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ParseComments|parser.SkipObjectResolution)
+	if err != nil {
+		return nil, err
+	}
+	if !tagged(f) {
+		return nil, nil
+	}
+	var names []string
+	for _, d := range f.Decls {
+		fn, ok := d.(*ast.FuncDecl)
+		if !ok || fn.Recv != nil || fn.Name.Name == "TestMain" {
+			continue
+		}
+		for _, prefix := range []string{"Test", "Example", "Fuzz"} {
+			if strings.HasPrefix(fn.Name.Name, prefix) {
+				names = append(names, fn.Name.Name)
+			}
+		}
+	}
+	return names, nil
+}
+
+func tagged(f *ast.File) bool {
+	for _, group := range f.Comments {
+		if group.Pos() > f.Package {
+			return false
+		}
+		for _, c := range group.List {
+			if !constraint.IsGoBuild(c.Text) {
+				continue
+			}
+			x, err := constraint.Parse(c.Text)
+			if err != nil {
+				return false // the compiler will say it
+			}
+			with := func(bed bool) bool { return x.Eval(func(tag string) bool { return tag != "bed" || bed }) }
+			return with(true) && !with(false)
+		}
+	}
+	return false
+}
+
+func (p *testPackage) compile(ctx context.Context, repo, tmp string) {
+	binary := filepath.Join(tmp, strings.ReplaceAll(p.ImportPath, "/", "_")+".test")
+	cmd := exec.CommandContext(ctx, "go", "test", "-c", "-tags", "bed", "-o", binary, p.ImportPath)
+	cmd.Dir, cmd.Env = repo, append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		p.err = fmt.Errorf("go test -c %s: %w\n%s", p.ImportPath, err, bytes.TrimSpace(out))
+		return
+	}
+	p.binary = binary
+}
+
+// argv are the test program's arguments. RUN and BENCH in the environment choose tests and benchmarks.
+func (p *testPackage) argv(binary string, limit time.Duration) []string {
+	names := slices.Clone(p.tests)
+	slices.Sort(names)
+	run := "^(" + strings.Join(names, "|") + ")$"
+	if r := os.Getenv("RUN"); r != "" {
+		run = r
+	}
+	a := []string{binary, "-test.v", "-test.run=" + run, "-test.timeout=" + (limit - limit/20).String()}
+	if bench := os.Getenv("BENCH"); bench != "" {
+		a = append(a, "-test.bench="+bench)
+	}
+	return a
+}
+
+func (b *bed) testInGuest(ctx context.Context, p *testPackage, programs []string, dir string) (bool, error) {
+	m, err := machine.Restore(ctx, b.cache, b.parts, b.saved, b.accel, dir, false)
+	if err != nil {
+		return false, err
+	}
+	defer m.Kill()
+	work := "/work/" + p.ImportPath
+	put := toGuest(programs)
+	put[work+"/bed.test"] = p.binary
+	if data := filepath.Join(p.Dir, "testdata"); exists(data) {
+		put[work+"/testdata"] = data
+	}
+	limited, cancel, err := limit(ctx, perPackage)
+	if err != nil {
+		return false, err
+	}
+	defer cancel()
+	if err := m.Client.Put(limited, put); err != nil {
+		return false, err
+	}
+	deadline, _ := limited.Deadline()
+	code, err := m.Client.Run(limited, agent.Command{Argv: p.argv("./bed.test", time.Until(deadline)), Dir: work,
+		Env: []string{"TESTBED=1", "TESTBED_POOL=tank"}, Stdout: os.Stdout, Stderr: os.Stderr})
+	if ctx.Err() != nil {
+		return false, context.Cause(ctx)
+	}
+	if err != nil {
+		return false, errors.Join(fmt.Errorf("%w\nthe guest is ended; its console:\n%s", err, m.Console()), b.keep(p, m, nil))
+	}
+	collecting, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	return code == 0, b.keep(p, m, collecting)
+}
+
+// keep saves what helps to understand a run: console, daemons' logs, core files. Without ctx the guest is not asked.
+func (b *bed) keep(p *testPackage, m *machine.Machine, ctx context.Context) error {
+	rel, err := filepath.Rel(b.repo, p.Dir)
+	if err != nil {
+		return err
+	}
+	out := filepath.Join(b.repo, ".bed", rel)
+	if err := errors.Join(os.RemoveAll(out), os.MkdirAll(out, 0o755)); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(out, "console.log"), []byte(m.Console()), 0o644); err != nil {
+		return err
+	}
+	if ctx == nil {
+		return nil
+	}
+	if err := m.Client.Get(ctx, out, "var/log/stack", "var/crash"); err != nil {
+		return err
+	}
+	cores, err := filepath.Glob(filepath.Join(out, "var/crash/core.*"))
+	for _, c := range cores {
+		fmt.Println("bed: core file:", c)
+	}
+	return err
+}
+
+func exists(name string) bool {
+	_, err := os.Stat(name)
+	return err == nil
+}

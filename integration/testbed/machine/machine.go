@@ -1,0 +1,352 @@
+// Package machine boots the test guest in QEMU, from its disk or from a saved state, and
+// ends it. It owns the QEMU process and its run directory; it knows nothing of what is
+// tested in the guest.
+package machine
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/containerd-pve/containerd-pve/integration/testbed/agent"
+	"github.com/containerd-pve/containerd-pve/integration/testbed/build"
+)
+
+const (
+	qmpName    = "qmp"
+	serialName = "serial.log"
+	logName    = "qemu.log"
+	memory     = "2048"
+	processors = "2"
+)
+
+// Drive is one virtio disk.
+type Drive struct {
+	File, Format string
+	Keep         bool // write to the file itself, not to a throw-away copy
+}
+
+// Options say what to boot.
+type Options struct {
+	Dir     string // run directory of this machine, made if missing
+	Tools   string // tools stage: QEMU
+	Disk    string // disk stage: kernel and initramfs
+	Accel   string // kvm or tcg
+	Drives  []Drive
+	RAM     string // file that is the guest's memory; empty: anonymous
+	KeepRAM bool   // write the guest's memory to RAM
+	State   string // saved state to restore; empty: boot
+	Outlive bool   // the machine goes on when the calling program ends
+}
+
+// Machine is a guest that was started or found.
+type Machine struct {
+	Client agent.Client
+	PID    int
+	opts   Options
+	dead   chan struct{} // closed when QEMU has ended
+}
+
+// Start starts QEMU and, when restoring, lets the guest go on; it does not wait for the guest's agent.
+func Start(ctx context.Context, o Options) (*Machine, error) {
+	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+		return nil, err
+	}
+	for try := 1; ; try++ {
+		m, err := start(ctx, o)
+		// the port was free when we looked; somebody may have been faster
+		if err == nil || try == 5 || ctx.Err() != nil || !bytes.Contains(readFile(filepath.Join(o.Dir, logName)), []byte("host forwarding rule")) {
+			return m, err
+		}
+	}
+}
+
+func start(ctx context.Context, o Options) (*Machine, error) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	port := l.Addr().(*net.TCPAddr).Port
+	l.Close()
+	m := &Machine{opts: o, dead: make(chan struct{}), Client: agent.Client{Addr: "127.0.0.1:" + strconv.Itoa(port)}}
+	for _, f := range []string{qmpName, serialName} {
+		if err := os.Remove(filepath.Join(o.Dir, f)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return nil, err
+		}
+	}
+	cmd := build.Tool(context.WithoutCancel(ctx), o.Tools, "qemu-system-x86_64", m.args(port)...)
+	cmd.Dir = o.Dir
+	cmd.Env = append(os.Environ(), "TMPDIR="+o.Dir) // where throw-away disks grow
+	log, err := os.Create(filepath.Join(o.Dir, logName))
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if !o.Outlive {
+		cmd.SysProcAttr.Pdeathsig = syscall.SIGKILL
+	}
+	started := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // the death signal comes when the starting thread ends, so it must live as long as QEMU
+		err := cmd.Start()
+		started <- err
+		if err == nil {
+			_ = cmd.Wait() // how it ended is in its log
+			close(m.dead)
+		}
+	}()
+	if err := <-started; err != nil {
+		return nil, fmt.Errorf("start QEMU: %w", err)
+	}
+	m.PID = cmd.Process.Pid
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	q, err := m.monitor(ctx)
+	if err == nil {
+		if o.State != "" {
+			err = q.restore(ctx, o.State)
+		}
+		q.conn.Close()
+	}
+	if err != nil {
+		return nil, errors.Join(err, m.Kill())
+	}
+	return m, nil
+}
+
+func (m *Machine) args(port int) []string {
+	o := m.opts
+	share := filepath.Join(o.Tools, "root/usr/share")
+	a := []string{
+		"-L", filepath.Join(share, "qemu"), "-L", filepath.Join(share, "seabios"),
+		"-name", "containerd-pve-testbed", "-smp", processors, "-m", memory,
+		"-display", "none", "-nodefaults", "-no-reboot",
+		"-serial", "file:" + serialName, "-qmp", "unix:" + qmpName + ",server=on,wait=off",
+		"-kernel", filepath.Join(o.Disk, "vmlinux"), "-initrd", filepath.Join(o.Disk, "initrd.cpio"),
+		"-append", "console=ttyS0 panic=-1 quiet mitigations=off init_on_alloc=0 net.ifnames=0",
+		"-netdev", fmt.Sprintf("user,id=n0,restrict=on,hostfwd=tcp:127.0.0.1:%d-:7000", port),
+		"-device", "virtio-net-pci,netdev=n0,romfile=",
+	}
+	if o.Accel == "kvm" {
+		a = append(a, "-accel", "kvm", "-cpu", "host")
+	} else {
+		a = append(a, "-accel", "tcg,thread=multi", "-cpu", "max")
+	}
+	if o.RAM == "" {
+		a = append(a, "-M", "q35")
+	} else {
+		a = append(a, "-M", "q35,memory-backend=ram", "-object",
+			"memory-backend-file,id=ram,size="+memory+"M,mem-path="+o.RAM+",share="+onOff(o.KeepRAM))
+	}
+	for _, d := range o.Drives {
+		a = append(a, "-drive", fmt.Sprintf("file=%s,format=%s,if=virtio,cache=unsafe,discard=unmap,snapshot=%s", d.File, d.Format, onOff(!d.Keep)))
+	}
+	if o.State != "" {
+		a = append(a, "-incoming", "defer")
+	}
+	return a
+}
+
+func onOff(b bool) string {
+	if b {
+		return "on"
+	}
+	return "off"
+}
+
+// Find is the machine that another program started with the run directory dir and left running.
+func Find(dir string, pid int, addr string) (*Machine, bool) {
+	m := &Machine{Client: agent.Client{Addr: addr}, PID: pid, opts: Options{Dir: dir}, dead: make(chan struct{})}
+	return m, m.alive()
+}
+
+// alive looks at the working directory, so that a reused process id is not taken for ours.
+func (m *Machine) alive() bool {
+	cwd, err := os.Readlink(fmt.Sprintf("/proc/%d/cwd", m.PID))
+	if err != nil {
+		return false
+	}
+	want, err := filepath.EvalSymlinks(m.opts.Dir)
+	return err == nil && cwd == want
+}
+
+// Dead is closed when the machine that this program started has ended.
+func (m *Machine) Dead() <-chan struct{} { return m.dead }
+
+// Kill ends the machine, and returns when it is gone.
+func (m *Machine) Kill() error {
+	for range 1000 {
+		if !m.alive() {
+			return nil
+		}
+		if err := syscall.Kill(m.PID, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+			return fmt.Errorf("end QEMU: %w", err)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	return fmt.Errorf("QEMU (pid %d) does not end", m.PID)
+}
+
+// Console is the end of what the guest wrote on its serial line.
+func (m *Machine) Console() string {
+	b := readFile(filepath.Join(m.opts.Dir, serialName))
+	return string(b[max(0, len(b)-4000):])
+}
+
+func (m *Machine) log() string { return string(readFile(filepath.Join(m.opts.Dir, logName))) }
+
+func readFile(name string) []byte {
+	b, err := os.ReadFile(name)
+	if err != nil {
+		return []byte(err.Error())
+	}
+	return b
+}
+
+// Accel tells which accelerator boots our kernel here. A /dev/kvm can be there and not do it,
+// so it is tried once and the answer remembered in the cache.
+func Accel(ctx context.Context, c *build.Cache, bed *build.Bed) (string, error) {
+	if a := os.Getenv("BED_ACCEL"); a != "" {
+		return a, nil
+	}
+	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
+	if err != nil {
+		return "tcg", nil
+	}
+	f.Close()
+	release, err := os.ReadFile("/proc/sys/kernel/osrelease")
+	if err != nil {
+		return "", err
+	}
+	name := filepath.Join(c.Dir, "accel-"+string(bytes.TrimSpace(release))+"-"+bed.Kernel.Key())
+	if b, err := os.ReadFile(name); err == nil {
+		return string(b), nil
+	}
+	dir, err := os.MkdirTemp(c.Dir, "probe-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(dir)
+	fmt.Fprintln(c.Progress, "testbed: trying hardware acceleration")
+	try, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
+	accel := "kvm"
+	m, err := Start(try, Options{Dir: dir, Tools: c.Path(bed.Tools), Disk: c.Path(bed.Disk), Accel: "kvm",
+		Drives: []Drive{{File: filepath.Join(c.Path(bed.Disk), "root.img"), Format: "raw"}}})
+	if err == nil {
+		err = m.Client.Wait(try)
+		if kerr := m.Kill(); kerr != nil {
+			return "", kerr
+		}
+	}
+	if ctx.Err() != nil {
+		return "", context.Cause(ctx)
+	}
+	if err != nil {
+		accel = "tcg"
+	}
+	fmt.Fprintf(c.Progress, "testbed: the guest will run with %s\n", accel)
+	return accel, os.WriteFile(name, []byte(accel), 0o644)
+}
+
+// Saved is the stage that holds a booted and prepared guest.
+func Saved(c *build.Cache, bed *build.Bed, accel string) (*build.Stage, error) {
+	params := map[string]string{"ACCEL": accel, "MEMORY": memory, "PROCESSORS": processors, "FORM": "1"}
+	if accel == "kvm" { // the guest has seen this host's processor
+		b, err := os.ReadFile("/proc/cpuinfo")
+		if err != nil {
+			return nil, err
+		}
+		cpu, _, _ := bytes.Cut(b, []byte("cpu MHz"))
+		flags := b[max(0, bytes.Index(b, []byte("\nflags"))):]
+		flags, _, _ = bytes.Cut(flags[min(1, len(flags)):], []byte("\n"))
+		params["CPU"] = string(cpu) + string(flags)
+	}
+	s := &build.Stage{Name: "saved", Params: params, Deps: []*build.Stage{bed.Tools, bed.Disk}}
+	s.Go = func(ctx context.Context, out string) error { return save(ctx, c, bed, accel, out) }
+	return s, nil
+}
+
+func save(ctx context.Context, c *build.Cache, bed *build.Bed, accel, out string) error {
+	tools, disk := c.Path(bed.Tools), c.Path(bed.Disk)
+	root, data := filepath.Join(out, "root.qcow2"), filepath.Join(out, "data.qcow2")
+	for _, args := range [][]string{
+		{"create", "-q", "-f", "qcow2", "-F", "raw", "-b", filepath.Join(disk, "root.img"), root},
+		{"create", "-q", "-f", "qcow2", data, "8G"},
+	} {
+		if b, err := build.Tool(ctx, tools, "qemu-img", args...).CombinedOutput(); err != nil {
+			return fmt.Errorf("qemu-img: %w: %s", err, b)
+		}
+	}
+	run := filepath.Join(out, "run")
+	m, err := Start(ctx, Options{Dir: run, Tools: tools, Disk: disk, Accel: accel,
+		Drives: []Drive{{root, "qcow2", true}, {data, "qcow2", true}},
+		RAM:    filepath.Join(out, "ram"), KeepRAM: true})
+	if err != nil {
+		return err
+	}
+	defer m.Kill()
+	limited, cancel := context.WithTimeout(ctx, 10*time.Minute)
+	defer cancel()
+	var output bytes.Buffer
+	err = m.Client.Wait(limited)
+	if err == nil {
+		err = m.Client.Resumed(limited)
+	}
+	if err == nil {
+		var code int
+		code, err = m.Client.Run(limited, agent.Command{Argv: []string{"bed-prepare"}, Dir: "/", Stdout: &output, Stderr: &output})
+		if err == nil && code != 0 {
+			err = fmt.Errorf("bed-prepare: status %d", code)
+		}
+	}
+	var q *qmp
+	if err == nil {
+		q, err = m.monitor(limited)
+	}
+	if err == nil {
+		err = q.save(limited, filepath.Join(out, "state"))
+		q.conn.Close()
+	}
+	if err != nil {
+		return fmt.Errorf("%w\n%s\nthe guest's console:\n%s", err, output.String(), m.Console())
+	}
+	select {
+	case <-m.dead:
+	case <-limited.Done():
+		return context.Cause(limited)
+	}
+	return os.RemoveAll(run)
+}
+
+// Restore starts a guest from the saved stage and waits until it answers.
+func Restore(ctx context.Context, c *build.Cache, bed *build.Bed, saved *build.Stage, accel, dir string, outlive bool) (*Machine, error) {
+	c.Ready(bed.Tools)
+	c.Ready(bed.Disk)
+	from := c.Path(saved)
+	m, err := Start(ctx, Options{Dir: dir, Tools: c.Path(bed.Tools), Disk: c.Path(bed.Disk), Accel: accel, Outlive: outlive,
+		Drives: []Drive{{File: filepath.Join(from, "root.qcow2"), Format: "qcow2"}, {File: filepath.Join(from, "data.qcow2"), Format: "qcow2"}},
+		RAM:    filepath.Join(from, "ram"), State: filepath.Join(from, "state")})
+	if err != nil {
+		return nil, err
+	}
+	limited, cancel := context.WithTimeout(ctx, time.Minute)
+	defer cancel()
+	if err = m.Client.Wait(limited); err == nil {
+		err = m.Client.Resumed(limited)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("restored guest: %w; its console:\n%s", err, m.Console()), m.Kill())
+	}
+	return m, nil
+}
