@@ -293,19 +293,15 @@ func (r *Runtime) claim(st *state) error {
 // makeDev makes the directory /dev in the root if it is missing. On a read-only
 // root that lacks it there is nothing to be done, and liblxc says so.
 func makeDev(rootfs string) error {
-	f, err := pathrs.MkdirAll(rootfs, "dev", 0o755)
-	if errors.Is(err, unix.EROFS) {
-		return nil
-	}
-	if err != nil {
+	if err := pathrs.MkdirAll(rootfs, "dev", 0o755); err != nil && !errors.Is(err, unix.EROFS) {
 		return fmt.Errorf("make /dev in %s: %w", rootfs, err)
 	}
-	return f.Close()
+	return nil
 }
 
 // typed turns pve-init's report into an error of errdefs.
 func typed(e *plan.Error) error {
-	kind := errdefs.ErrInternal
+	var kind error = errdefs.ErrInternal
 	switch e.Kind {
 	case plan.ErrorInvalid:
 		kind = errdefs.ErrInvalidArgument
