@@ -1,0 +1,61 @@
+# make help lists what there is.
+# CMD reaches the guest's bash exactly as it was written: a dollar sign needs no doubling.
+override CMD := $(value CMD)
+export CMD
+export FILES
+bed := integration/testbed/bed
+packages ?= ./...
+# The race detector needs a C compiler; without one the tests run all the same.
+race := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
+
+.NOTPARALLEL:
+.PHONY: help build test test-unit test-bed demo testbed vm-run vm-shell vm-down lint clean
+.SILENT: help vm-run vm-shell vm-down testbed demo
+
+help:
+	echo 'make build       the programs, in ./bin'
+	echo 'make test        all tests: unit tests here, the rest in the test bed (a VM)'
+	echo 'make test-unit   unit tests only'
+	echo 'make test-bed    test bed only; packages=./shim chooses, TESTBED=host uses this host instead of a VM'
+	echo 'make demo        pull an image and run it with our runtime, in the test bed'
+	echo 'make testbed     build the test bed (cached outside this directory)'
+	echo "make vm-run CMD='ctr version' FILES='a b'   run a command in the test bed, the FILES in /work"
+	echo 'make vm-shell    a shell in the test bed;  make vm-down ends its VM'
+	echo 'make lint        gofmt and go vet;  make clean removes ./bin and ./.bed'
+
+build:
+	mkdir -p bin
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o bin/ ./cmd/...
+
+test: test-unit test-bed
+
+test-unit:
+	go vet ./...
+	go vet -tags bed ./...
+	CGO_ENABLED=$(if $(race),1,0) go test $(race) -v ./...
+
+test-bed:
+	$(bed) test $(packages)
+
+testbed:
+	$(bed) setup
+
+demo:
+	integration/testbed/vm-run -f integration/demo ./demo
+
+vm-run:
+	integration/testbed/vm-run
+
+vm-shell:
+	$(bed) shell
+
+vm-down:
+	$(bed) down
+
+lint:
+	test -z "$$(gofmt -l cmd integration lxc shim snapshotter | tee /dev/stderr)"
+	go vet ./...
+	go vet -tags bed ./...
+
+clean:
+	rm -rf bin .bed

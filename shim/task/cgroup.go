@@ -1,0 +1,52 @@
+package task
+
+import (
+	"context"
+
+	"github.com/containerd/cgroups/v3/cgroup2"
+	eventsapi "github.com/containerd/containerd/api/events"
+	"github.com/containerd/log"
+)
+
+// watchOOM publishes an event for every process the OOM killer took.
+func (t *taskState) watchOOM(ctx context.Context) {
+	m, err := cgroup2.Load(t.container.CgroupPath())
+	if err != nil {
+		log.G(ctx).WithError(err).Warn("no OOM events of " + t.id)
+		return
+	}
+	found, ended := m.EventChan()
+	for {
+		select {
+		case e := <-found:
+			t.noteOOM(e.OOMKill)
+		case <-ended: // with the cgroup
+			return
+		}
+	}
+}
+
+// lastOOM reads the counter once more, so that an OOM kill of init is told
+// before its end.
+func (t *taskState) lastOOM() {
+	m, err := cgroup2.Load(t.container.CgroupPath())
+	if err != nil {
+		return
+	}
+	if st, err := m.StatFiltered(cgroup2.StatMemoryEvents); err == nil && st.MemoryEvents != nil {
+		t.noteOOM(st.MemoryEvents.OomKill)
+	}
+}
+
+func (t *taskState) noteOOM(kills uint64) {
+	for {
+		old := t.oomKills.Load()
+		if kills <= old {
+			return
+		}
+		if t.oomKills.CompareAndSwap(old, kills) {
+			t.service.events.put(&eventsapi.TaskOOM{ContainerID: t.id})
+			return
+		}
+	}
+}

@@ -1,0 +1,370 @@
+// Package snapshotter is containerd's snapshots.Snapshotter on ZFS. It owns
+// <root> (metadata.db, lock, store id) and the filesystems below its parent
+// dataset that bear its mark, and touches no other dataset. It never mounts.
+//
+// A record is written before its dataset is made, and dropped before its
+// dataset is destroyed; so whatever a crash leaves is a marked dataset without
+// a record, which Cleanup destroys. No bolt transaction is open while ZFS works.
+package snapshotter
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"sort"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"golang.org/x/sys/unix"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
+)
+
+const (
+	propID    = "containerd-pve:id"
+	propStore = "containerd-pve:store"
+	committed = "@snapshot"
+
+	undoTimeout   = 2 * time.Minute
+	retryInterval = 5 * time.Minute
+)
+
+type snapshotter struct {
+	zfs     zfs.ZFS
+	dataset string
+	ms      *storage.MetaStore
+	lock    *os.File
+
+	commitMu  sync.Mutex // a leftover @snapshot of a crash is told from a racing Commit's
+	cleanupMu sync.Mutex
+	stop      context.CancelFunc
+	done      chan struct{}
+}
+
+var (
+	_ snapshots.Snapshotter = (*snapshotter)(nil)
+	_ snapshots.Cleaner     = (*snapshotter)(nil)
+)
+
+// New opens the store at root on the parent dataset, which it makes if missing.
+func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ snapshots.Snapshotter, err error) {
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return nil, fmt.Errorf("making %s: %w", root, err)
+	}
+	lock, err := os.OpenFile(filepath.Join(root, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("opening the lock: %w", err)
+	}
+	defer func() {
+		if err != nil {
+			lock.Close()
+		}
+	}()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, fmt.Errorf("another daemon serves %s: stop it or use another root: %w", root, errdefs.ErrFailedPrecondition)
+		}
+		return nil, fmt.Errorf("locking %s: %w", root, err)
+	}
+	store, err := storeID(filepath.Join(root, "store"))
+	if err != nil {
+		return nil, fmt.Errorf("reading the store's id: %w", err)
+	}
+	if err := claim(ctx, z, dataset, store); err != nil {
+		return nil, fmt.Errorf("preparing dataset %s: %w", dataset, err)
+	}
+	ms, err := storage.NewMetaStore(filepath.Join(root, "metadata.db"))
+	if err != nil {
+		return nil, fmt.Errorf("opening the metadata: %w", err)
+	}
+	bg, stop := context.WithCancel(context.WithoutCancel(ctx))
+	s := &snapshotter{zfs: z, dataset: dataset, ms: ms, lock: lock, stop: stop, done: make(chan struct{})}
+	go s.sweep(bg)
+	return s, nil
+}
+
+func storeID(path string) (string, error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) {
+		b = []byte(rand.Text())
+		err = os.WriteFile(path, b, 0o600)
+	}
+	return strings.TrimSpace(string(b)), err
+}
+
+// claim marks the parent dataset with this store's id, so that a daemon with
+// other records never takes this one's datasets for orphans.
+func claim(ctx context.Context, z zfs.ZFS, dataset, store string) error {
+	d, err := z.Get(ctx, dataset, propStore)
+	if errdefs.IsNotFound(err) {
+		return z.Create(ctx, dataset, zfs.Properties{
+			"mountpoint": "none", "acltype": "posixacl", "xattr": "sa", "atime": "off",
+			"com.sun:auto-snapshot": "false", propStore: store,
+		})
+	}
+	if err != nil {
+		return err
+	}
+	switch d.Properties[propStore] {
+	case store:
+		return nil
+	case "-":
+		return z.Set(ctx, dataset, propStore, store)
+	}
+	return fmt.Errorf("it belongs to another store (%s=%s, not %s): use its root, or another dataset: %w",
+		propStore, d.Properties[propStore], store, errdefs.ErrFailedPrecondition)
+}
+
+// sweep destroys what a crash left, and comes back for what was busy.
+func (s *snapshotter) sweep(ctx context.Context) {
+	defer close(s.done)
+	for {
+		if err := s.Cleanup(ctx); err != nil && ctx.Err() == nil {
+			log.G(ctx).WithError(err).Warn("cleanup")
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(retryInterval):
+		}
+	}
+}
+
+func (s *snapshotter) Close() error {
+	s.stop()
+	<-s.done
+	return errors.Join(s.ms.Close(), s.lock.Close())
+}
+
+func (s *snapshotter) name(id string) string { return s.dataset + "/" + id }
+
+func (s *snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		_, info, _, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	return info, err
+}
+
+func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (out snapshots.Info, err error) {
+	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		out, err = storage.UpdateInfo(ctx, info, fieldpaths...)
+		return err
+	})
+	return out, err
+}
+
+func (s *snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, fs ...string) error {
+	return s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return storage.WalkInfo(ctx, fn, fs...)
+	})
+}
+
+func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
+	var id string
+	var info snapshots.Info
+	var usage snapshots.Usage
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+		id, info, usage, err = storage.GetInfo(ctx, key)
+		return err
+	})
+	if err != nil || info.Kind == snapshots.KindCommitted {
+		return usage, err
+	}
+	return s.used(ctx, id)
+}
+
+func (s *snapshotter) used(ctx context.Context, id string) (snapshots.Usage, error) {
+	d, err := s.zfs.Get(ctx, s.name(id), "used")
+	if err != nil {
+		return snapshots.Usage{}, fmt.Errorf("usage of %s: %w", s.name(id), err)
+	}
+	n, err := strconv.ParseInt(d.Properties["used"], 10, 64)
+	if err != nil {
+		return snapshots.Usage{}, fmt.Errorf("usage of %s: %w", s.name(id), err)
+	}
+	return snapshots.Usage{Size: n}, nil
+}
+
+func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	return s.create(ctx, snapshots.KindActive, key, parent, opts)
+}
+
+func (s *snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	return s.create(ctx, snapshots.KindView, key, parent, opts)
+}
+
+func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) ([]mount.Mount, error) {
+	var info snapshots.Info
+	for _, o := range opts {
+		if err := o(&info); err != nil {
+			return nil, err
+		}
+	}
+	props := zfs.Properties{"mountpoint": "legacy", "com.sun:auto-snapshot": "false"}
+	if kind == snapshots.KindView {
+		props["readonly"] = "on"
+	} else if v, ok := info.Labels[snapshots.LabelSnapshotMaxSize]; ok {
+		if n, err := strconv.ParseUint(v, 10, 63); err != nil || n == 0 {
+			return nil, fmt.Errorf("label %s: %q is not a number of bytes: %w", snapshots.LabelSnapshotMaxSize, v, errdefs.ErrInvalidArgument)
+		}
+		props["refquota"] = v
+	}
+	var sn storage.Snapshot
+	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+		sn, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...)
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("recording snapshot %s: %w", key, err)
+	}
+	props[propID] = sn.ID
+	if len(sn.ParentIDs) == 0 {
+		err = s.zfs.Create(ctx, s.name(sn.ID), props)
+	} else {
+		err = s.zfs.Clone(ctx, s.name(sn.ParentIDs[0])+committed, s.name(sn.ID), props)
+	}
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("making %s for snapshot %s: %w", s.name(sn.ID), key, err), s.undoCreate(ctx, key))
+	}
+	return s.mounts(kind, sn.ID), nil
+}
+
+// undoCreate drops the record of a dataset that could not be made. If zfs was
+// killed half way, the dataset is now an orphan that Cleanup destroys.
+func (s *snapshotter) undoCreate(ctx context.Context, key string) error {
+	return s.ms.WithTransaction(context.WithoutCancel(ctx), true, func(ctx context.Context) error {
+		_, _, err := storage.Remove(ctx, key)
+		return err
+	})
+}
+
+func (s *snapshotter) mounts(kind snapshots.Kind, id string) []mount.Mount {
+	m := mount.Mount{Type: "zfs", Source: s.name(id)}
+	if kind == snapshots.KindView {
+		m.Options = []string{"ro"}
+	}
+	return []mount.Mount{m}
+}
+
+func (s *snapshotter) Mounts(ctx context.Context, key string) (m []mount.Mount, err error) {
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		sn, err := storage.GetSnapshot(ctx, key)
+		if err == nil {
+			m = s.mounts(sn.Kind, sn.ID)
+		}
+		return err
+	})
+	return m, err
+}
+
+func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	var id string
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		if _, _, _, err := storage.GetInfo(ctx, name); err == nil {
+			return fmt.Errorf("snapshot %s: %w", name, errdefs.ErrAlreadyExists)
+		} else if !errdefs.IsNotFound(err) {
+			return err
+		}
+		i, info, _, err := storage.GetInfo(ctx, key)
+		if err != nil {
+			return err
+		}
+		if info.Kind != snapshots.KindActive {
+			return fmt.Errorf("snapshot %s is not active: %w", key, errdefs.ErrFailedPrecondition)
+		}
+		id = i
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("committing %s: %w", key, err)
+	}
+	snap := s.name(id) + committed
+	err = s.zfs.Snapshot(ctx, snap)
+	if errdefs.IsAlreadyExists(err) {
+		// The record is active, so a crash came between snapshot and record.
+		if err = s.zfs.Destroy(ctx, snap); err == nil {
+			err = s.zfs.Snapshot(ctx, snap)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("committing %s: %w", key, err)
+	}
+	usage, err := s.used(ctx, id)
+	if err == nil {
+		err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+			_, err := storage.CommitActive(ctx, key, name, usage, opts...)
+			return err
+		})
+	}
+	if err != nil {
+		uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+		defer cancel()
+		return errors.Join(fmt.Errorf("committing %s: %w", key, err), s.zfs.Destroy(uctx, snap))
+	}
+	return nil
+}
+
+// Remove drops the record; the dataset goes with the next Cleanup.
+func (s *snapshotter) Remove(ctx context.Context, key string) error {
+	return s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		_, _, err := storage.Remove(ctx, key)
+		return err
+	})
+}
+
+// Cleanup destroys the marked datasets that no record names. What is in use is
+// logged and left to the next call.
+func (s *snapshotter) Cleanup(ctx context.Context) error {
+	s.cleanupMu.Lock()
+	defer s.cleanupMu.Unlock()
+	// Datasets before records: one made in between is in the records only.
+	ds, err := s.zfs.Children(ctx, s.dataset, propID)
+	if err != nil {
+		return fmt.Errorf("listing %s: %w", s.dataset, err)
+	}
+	var live map[string]string
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+		live, err = storage.IDMap(ctx)
+		return err
+	})
+	if err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("reading the records: %w", err)
+	}
+	var ids []uint64
+	for _, d := range ds {
+		id := d.Properties[propID]
+		n, err := strconv.ParseUint(id, 10, 64)
+		if _, ok := live[id]; ok || err != nil || d.Name != s.name(id) {
+			continue
+		}
+		ids = append(ids, n)
+	}
+	// A clone is younger than its origin, and must go first.
+	sort.Slice(ids, func(i, j int) bool { return ids[i] > ids[j] })
+	for _, n := range ids {
+		name := s.name(strconv.FormatUint(n, 10))
+		for _, victim := range []string{name + committed, name} {
+			if err := s.zfs.Destroy(ctx, victim); err != nil && !errdefs.IsNotFound(err) {
+				if ctx.Err() != nil || errdefs.IsUnavailable(err) {
+					return fmt.Errorf("destroying %s: %w", victim, err)
+				}
+				log.G(ctx).WithError(err).WithField("dataset", victim).Warn("not destroyed yet; tried again later")
+				break
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,45 @@
+//go:build bed
+
+package snapshotter
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/testsuite"
+	"github.com/containerd/containerd/v2/pkg/testutil"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
+)
+
+func TestSuite(t *testing.T) {
+	testutil.RequiresRoot(t)
+	img := filepath.Join(t.TempDir(), "pool")
+	if err := os.WriteFile(img, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(img, 4<<30); err != nil {
+		t.Fatal(err)
+	}
+	pool := "cpve" + strconv.Itoa(os.Getpid())
+	if out, err := exec.Command("zpool", "create", "-m", "none", pool, img).CombinedOutput(); err != nil {
+		t.Fatalf("zpool create: %v: %s", err, out)
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("zpool", "destroy", "-f", pool).CombinedOutput(); err != nil {
+			t.Errorf("zpool destroy: %v: %s", err, out)
+		}
+	})
+	testsuite.SnapshotterSuite(t, "pve-zfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+		s, err := New(ctx, zfs.Command{}, root, pool+"/"+filepath.Base(filepath.Dir(root))+filepath.Base(root))
+		if err != nil {
+			return nil, nil, err
+		}
+		return s, s.Close, nil
+	})
+}
