@@ -34,6 +34,7 @@ const (
 // Bed is the set of stages a guest is booted from.
 type Bed struct {
 	Tools, Kernel, Disk *Stage
+	Host                []*Stage // what the tests need on a host that has ZFS and LXC itself
 }
 
 // NewBed describes the bed for the checkout at repo. mirror may name another archive of Debian packages.
@@ -51,10 +52,10 @@ func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
 	}
 	where := []string{"MIRROR=" + mirror}
 	debian := map[string]string{"SUITE": suite, "FLAVOUR": flavor}
-	// libSource is an input of every stage that uses its functions
+	// the library is an input of the stages that use its functions
 	lib := script("lib")
 	with := func(more map[string]string) map[string]string {
-		m := map[string]string{"LIB": fmt.Sprintf("%x", len(lib)) + lib}
+		m := map[string]string{"LIB": lib}
 		for k, v := range more {
 			m[k] = v
 		}
@@ -69,7 +70,8 @@ func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
 	images := &Stage{Name: "images", Script: script("images"), Env: where, Deps: []*Stage{rootfs}, Go: writeImages,
 		Params: with(map[string]string{"SUITE": suite, "FORMAT": imageFormat})}
 	ctd := &Stage{Name: "containerd", Script: script("containerd"), Params: map[string]string{"VERSION": containerdVersion}}
-	ctd22 := &Stage{Name: "containerd22", Script: script("containerd"), Params: map[string]string{"VERSION": containerd22Version}}
+	ctd22 := &Stage{Name: "containerd22", Script: script("containerd"), Params: map[string]string{"VERSION": containerd22Version},
+		Deps: []*Stage{ctd}} // only so that not two big compilations run at once
 	crane := &Stage{Name: "crane", Script: script("crane"), Params: map[string]string{"VERSION": craneVersion}}
 	agent := &Stage{Name: "agent", Params: map[string]string{"SOURCE": agentSource, "GO": runtime.Version()},
 		Go: func(ctx context.Context, out string) error {
@@ -81,9 +83,6 @@ func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
 			}
 			return nil
 		}}
-	// containerd's packages are one big compilation: the second after the first finds most of it in Go's own cache only by chance,
-	// but two at once on a small machine slow down everything
-	ctd22.Deps, crane.Deps = []*Stage{ctd}, nil
 	disk := &Stage{Name: "disk", Script: script("disk"), Params: map[string]string{},
 		Deps: []*Stage{tools, kernel, zfs, rootfs, images, ctd, ctd22, crane, agent}}
 	err = fs.WalkDir(guest.Files, ".", func(p string, d fs.DirEntry, err error) error {
@@ -98,7 +97,7 @@ func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
 		return nil, err
 	}
 	disk.Env = []string{"GUEST=" + filepath.Join(repo, "integration/testbed/guest")}
-	return &Bed{Tools: tools, Kernel: kernel, Disk: disk}, nil
+	return &Bed{Tools: tools, Kernel: kernel, Disk: disk, Host: []*Stage{ctd, ctd22, crane, rootfs, images}}, nil
 }
 
 // sources is the text of the packages' Go files without the tests.

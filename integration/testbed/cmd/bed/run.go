@@ -146,7 +146,6 @@ func inGuest(ctx context.Context, m *machine.Machine, argv ...string) error {
 	var out strings.Builder
 	code, err := m.Client.Run(ctx, agent.Command{Argv: argv, Dir: "/", Stdout: &out, Stderr: &out})
 	if err == nil && code != 0 {
-		err = exitError(code)
 		err = fmt.Errorf("status %d", code)
 	}
 	if err != nil {

@@ -39,10 +39,12 @@ func (b *bed) test(ctx context.Context, patterns []string) error {
 		patterns = []string{"./..."}
 	}
 	host := os.Getenv("TESTBED") == "host"
-	if !host {
-		if err := b.setup(ctx); err != nil {
-			return err
-		}
+	setup := b.setup
+	if host {
+		setup = b.hostSetup
+	}
+	if err := setup(ctx); err != nil {
+		return err
 	}
 	programs, err := b.programs(ctx)
 	if err != nil {

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/pelletier/go-toml/v2"
+)
+
+const (
+	defaultConfig  = "/etc/containerd-pve/config.toml"
+	defaultAddress = "/run/containerd-pve/snapshotter.sock"
+	defaultRoot    = "/var/lib/containerd-pve/snapshotter"
+)
+
+// config is the TOML file.
+type config struct {
+	// Dataset is the parent of all datasets of the snapshotter.
+	Dataset string `toml:"dataset"`
+	// Root holds the snapshotter's metadata.
+	Root string `toml:"root"`
+	// Address is the unix socket.
+	Address string `toml:"address"`
+	// LogLevel is one of trace, debug, info, warn, error.
+	LogLevel string `toml:"log_level"`
+}
+
+// readConfig reads the file; only a file that was asked for must exist.
+func readConfig(path string, must bool) (config, error) {
+	data, err := os.ReadFile(path)
+	if errors.Is(err, os.ErrNotExist) && !must {
+		return config{}, nil
+	}
+	if err != nil {
+		return config{}, fmt.Errorf("configuration: %w", err)
+	}
+	c, err := parseConfig(data)
+	if err != nil {
+		return config{}, fmt.Errorf("configuration %s: %w", path, err)
+	}
+	return c, nil
+}
+
+// parseConfig refuses unknown keys by name.
+func parseConfig(data []byte) (config, error) {
+	var c config
+	d := toml.NewDecoder(strings.NewReader(string(data)))
+	d.DisallowUnknownFields()
+	err := d.Decode(&c)
+	var strict *toml.StrictMissingError
+	if errors.As(err, &strict) {
+		var keys []string
+		for _, e := range strict.Errors {
+			keys = append(keys, strings.Join(e.Key(), "."))
+		}
+		return c, fmt.Errorf("unknown key %s (known: dataset, root, address, log_level): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+	}
+	if err != nil {
+		return c, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return c, nil
+}
+
+// complete fills in what is not set and checks the rest.
+func (c *config) complete() error {
+	if c.Root == "" {
+		c.Root = defaultRoot
+	}
+	if c.Address == "" {
+		c.Address = defaultAddress
+	}
+	if c.LogLevel == "" {
+		c.LogLevel = "info"
+	}
+	if c.Dataset == "" {
+		return fmt.Errorf("no dataset: set dataset = \"POOL/containerd-pve\" in %s or give --dataset: %w", defaultConfig, errdefs.ErrInvalidArgument)
+	}
+	if strings.ContainsAny(c.Dataset, "@# \t\n") || strings.HasPrefix(c.Dataset, "/") || strings.HasPrefix(c.Dataset, "-") || strings.HasSuffix(c.Dataset, "/") {
+		return fmt.Errorf("dataset %q is not the name of a filesystem as in `zfs list`: %w", c.Dataset, errdefs.ErrInvalidArgument)
+	}
+	for name, path := range map[string]string{"root": c.Root, "address": c.Address} {
+		if !filepath.IsAbs(path) {
+			return fmt.Errorf("%s %q is not an absolute path: %w", name, path, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}

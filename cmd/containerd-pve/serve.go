@@ -1,0 +1,126 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"time"
+
+	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter"
+	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
+)
+
+// stopLimit is how long running calls may take after SIGTERM.
+const stopLimit = 10 * time.Second
+
+func serveCommand() *cobra.Command {
+	var path string
+	var flags config
+	c := &cobra.Command{
+		Use:   "serve",
+		Short: "serve the ZFS snapshotter to containerd",
+		Args:  cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			conf, err := readConfig(path, c.Flags().Changed("config"))
+			if err != nil {
+				return err
+			}
+			for _, f := range []struct{ to, from *string }{
+				{&conf.Dataset, &flags.Dataset}, {&conf.Root, &flags.Root},
+				{&conf.Address, &flags.Address}, {&conf.LogLevel, &flags.LogLevel},
+			} {
+				if *f.from != "" {
+					*f.to = *f.from
+				}
+			}
+			if err := conf.complete(); err != nil {
+				return err
+			}
+			if err := log.SetLevel(conf.LogLevel); err != nil {
+				return fmt.Errorf("log_level %q: %w: %w", conf.LogLevel, err, errdefs.ErrInvalidArgument)
+			}
+			return serve(c.Context(), conf)
+		},
+	}
+	c.Flags().StringVarP(&path, "config", "c", defaultConfig, "configuration `file`")
+	c.Flags().StringVar(&flags.Dataset, "dataset", "", "parent `dataset`, made if missing")
+	c.Flags().StringVar(&flags.Root, "root", "", "`directory` of the metadata (default "+defaultRoot+")")
+	c.Flags().StringVar(&flags.Address, "address", "", "unix `socket` (default "+defaultAddress+")")
+	c.Flags().StringVar(&flags.LogLevel, "log-level", "", "trace, debug, info, warn or error (default info)")
+	return c
+}
+
+func serve(ctx context.Context, conf config) (err error) {
+	if err := zfs.Ready(conf.Dataset); err != nil {
+		return err
+	}
+	s, err := snapshotter.New(ctx, zfs.New(), conf.Root, conf.Dataset)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	l, err := listen(conf.Address)
+	if err != nil {
+		return err
+	}
+	server := grpc.NewServer()
+	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(l) }()
+	log.G(ctx).WithField("dataset", conf.Dataset).Infof("serving snapshots on %s", conf.Address)
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		log.G(ctx).WithError(err).Warn("tell systemd that we are ready")
+	}
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve %s: %w", conf.Address, err)
+	case <-ctx.Done():
+	}
+	log.G(ctx).Info("stopping")
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+	stopped := make(chan struct{})
+	go func() {
+		server.GracefulStop()
+		close(stopped)
+	}()
+	select {
+	case <-stopped:
+	case <-time.After(stopLimit):
+		server.Stop()
+	}
+	return nil
+}
+
+// listen takes the place of a socket nobody answers on.
+func listen(address string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(address), 0o700); err != nil {
+		return nil, err
+	}
+	if c, err := net.Dial("unix", address); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("another daemon answers on %s: stop it or use another address: %w", address, errdefs.ErrFailedPrecondition)
+	}
+	if err := os.Remove(address); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	// Nobody but root may ever connect, not even before a chmod.
+	old := unix.Umask(0o177)
+	l, err := net.Listen("unix", address)
+	unix.Umask(old)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", address, err)
+	}
+	return l, nil
+}

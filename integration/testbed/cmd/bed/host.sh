@@ -1,0 +1,38 @@
+# Runs one package's tests on this host, in namespaces of its own: called with unshare (mount, pid, net, cgroup).
+# What is mounted here and who runs here is gone when this shell ends. T is the directory made for this run.
+set -euo pipefail
+mount --make-rprivate /
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t securityfs securityfs /sys/kernel/security 2>/dev/null || true
+mount -t cgroup2 cgroup2 /sys/fs/cgroup # the root of our cgroup namespace
+mkdir /sys/fs/cgroup/init.scope
+echo 0 >/sys/fs/cgroup/init.scope/cgroup.procs
+for c in $(cat /sys/fs/cgroup/cgroup.controllers); do echo "+$c" >/sys/fs/cgroup/cgroup.subtree_control; done
+mount -t tmpfs -o mode=755 tmpfs /run
+mkdir -p /run/lock
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+for d in /etc/containerd /etc/containerd-pve /var/lib/containerd /var/lib/containerd-pve /var/lib/registry /var/log/stack; do
+	mkdir -p "$T/own$d"
+	[ -d "$d" ] || { mkdir -p "$d"; echo "$d" >>"$T/made"; }
+	mount --bind "$T/own$d" "$d"
+done
+cp -a "$T/registry/." /var/lib/registry/
+for d in /usr/local/bin /usr/local/sbin /opt; do
+	mkdir -p "$T/tree$d"
+	mount -t overlay -o "lowerdir=$T/tree$d:$d" overlay "$d"
+done
+printf 'root:100000:1000000\n' >"$T/subid"
+for f in /etc/subuid /etc/subgid; do
+	[ -e "$f" ] || { touch "$f"; echo "$f" >>"$T/made"; }
+	mount --bind "$T/subid" "$f"
+done
+mount --make-rshared / # as on any host; within our own namespace
+ip link set lo up
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin TESTBED=host TESTBED_POOL=$POOL
+rc=0
+bed-registry
+cd "$T/test"
+"$@" || rc=$?
+stack down || true
+exit "$rc"
