@@ -18,6 +18,9 @@ import (
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
 )
 
+// readyLimit is how long liblxc and the mount hook may take to make a container.
+const readyLimit = time.Minute
+
 // Container is a container that was created; it embeds its init.
 type Container struct {
 	*Process
@@ -73,7 +76,10 @@ func (c *Container) launch(ctx context.Context, start string, program *initProgr
 	defer cancel()
 	go func() { _ = ours.send(sendCtx, t.process) }()
 
-	m, err := ours.receive(ctx)
+	// liblxc can wait for a child that is dead already.
+	waitCtx, cancelWait := context.WithTimeout(ctx, readyLimit)
+	defer cancelWait()
+	m, err := ours.receive(waitCtx)
 	if errors.Is(err, io.EOF) {
 		return c.startFailure(ctx)
 	}

@@ -94,7 +94,7 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 	c.set("lxc.hook.post-stop", `test "$LXC_TARGET" != reboot #`)
 	c.set("lxc.init.cmd", "/proc/self/fd/4 init 3")
 
-	own, keep := map[specs.LinuxNamespaceType]bool{}, []string{}
+	own := map[specs.LinuxNamespaceType]bool{}
 	present := map[specs.LinuxNamespaceType]bool{}
 	for i, ns := range spec.Linux.Namespaces {
 		key, known := namespaceKeys[ns.Type]
@@ -123,14 +123,15 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 	if !own[specs.MountNamespace] {
 		return nil, fmt.Errorf("linux.namespaces: a container without a mount namespace cannot be: %w", errdefs.ErrInvalidArgument)
 	}
-	for _, ns := range []specs.LinuxNamespaceType{specs.PIDNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.CgroupNamespace} {
-		if !present[ns] {
-			keep = append(keep, namespaceKeys[ns])
+	// What is not listed stays the host's; without the list liblxc would choose,
+	// and lxc.namespace.keep would bring a user namespace along.
+	var clone []string
+	for _, ns := range []specs.LinuxNamespaceType{specs.MountNamespace, specs.PIDNamespace, specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.CgroupNamespace} {
+		if own[ns] {
+			clone = append(clone, namespaceKeys[ns])
 		}
 	}
-	if len(keep) > 0 {
-		c.set("lxc.namespace.keep", strings.Join(keep, " "))
-	}
+	c.set("lxc.namespace.clone", strings.Join(clone, " "))
 	switch {
 	case own[specs.NetworkNamespace]:
 		c.set("lxc.net.0.type", "empty")

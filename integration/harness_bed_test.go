@@ -1,0 +1,298 @@
+//go:build bed
+
+package integration
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/pkg/oci"
+)
+
+const (
+	socket  = "/run/containerd/containerd.sock"
+	ours    = "io.containerd.pve.v2"
+	zfs     = "pve-zfs"
+	debian  = "localhost:5000/debian:13"
+	busybox = "localhost:5000/busybox:latest"
+)
+
+func TestMain(m *testing.M) {
+	if out, err := exec.Command("stack", "up", "--pull").CombinedOutput(); err != nil {
+		fmt.Printf("stack up: %v\n%s", err, out)
+		os.Exit(1)
+	}
+	for _, s := range []string{zfs, "overlayfs"} {
+		for _, i := range []string{busybox, debian} {
+			if out, err := exec.Command("ctr", "images", "pull", "--plain-http", "--snapshotter", s, i).CombinedOutput(); err != nil {
+				fmt.Printf("pull %s for %s: %v\n%s", i, s, err, out)
+				os.Exit(1)
+			}
+		}
+	}
+	code := m.Run()
+	_ = exec.Command("stack", "down").Run()
+	os.Exit(code)
+}
+
+// background is a context of containerd's namespace "default".
+func background(t *testing.T) context.Context {
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), "default"), 5*time.Minute)
+	t.Cleanup(cancel)
+	return ctx
+}
+
+func connect(t *testing.T) *client.Client {
+	t.Helper()
+	c, err := client.New(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+var counter atomic.Int64
+
+// options of a container under test.
+type options struct {
+	id          string
+	image       string
+	snapshotter string
+	args        []string
+	spec        []oci.SpecOpts
+	edit        func(*oci.Spec)
+	stdin       io.Reader
+	terminal    bool
+	io          cio.Creator
+}
+
+// box is a container and its task.
+type box struct {
+	t         *testing.T
+	ctx       context.Context
+	client    *client.Client
+	container client.Container
+	task      client.Task
+	exit      <-chan client.ExitStatus
+	out, err  *bytes.Buffer
+}
+
+// create makes a container and its task, not started.
+func create(t *testing.T, o options) (*box, error) {
+	t.Helper()
+	b := &box{t: t, ctx: background(t), client: connect(t), out: &bytes.Buffer{}, err: &bytes.Buffer{}}
+	if o.id == "" {
+		o.id = fmt.Sprintf("t%d", counter.Add(1))
+	}
+	if o.image == "" {
+		o.image = debian
+	}
+	if o.snapshotter == "" {
+		o.snapshotter = zfs
+	}
+	image, err := b.client.GetImage(b.ctx, o.image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	opts := []oci.SpecOpts{oci.WithImageConfig(image)}
+	if len(o.args) > 0 {
+		opts = append(opts, oci.WithProcessArgs(o.args...))
+	}
+	if o.terminal {
+		opts = append(opts, oci.WithTTY)
+	}
+	opts = append(opts, o.spec...)
+	if o.edit != nil {
+		opts = append(opts, edit(o.edit))
+	}
+	b.container, err = b.client.NewContainer(b.ctx, o.id, client.WithImage(image), client.WithSnapshotter(o.snapshotter),
+		client.WithNewSnapshot(o.id, image), client.WithNewSpec(opts...), client.WithRuntime(ours, nil))
+	if err != nil {
+		return nil, err
+	}
+	t.Cleanup(b.remove)
+	creator := o.io
+	if creator == nil {
+		copts := []cio.Opt{cio.WithStreams(o.stdin, b.out, b.err)}
+		if o.terminal {
+			copts = []cio.Opt{cio.WithStreams(o.stdin, b.out, nil), cio.WithTerminal}
+		}
+		creator = cio.NewCreator(copts...)
+	}
+	if b.task, err = b.container.NewTask(b.ctx, creator); err != nil {
+		b.task = nil
+		return b, err
+	}
+	b.exit, err = b.task.Wait(b.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b, nil
+}
+
+func edit(f func(*oci.Spec)) oci.SpecOpts {
+	return func(_ context.Context, _ oci.Client, _ *containers.Container, s *oci.Spec) error { f(s); return nil }
+}
+
+// start creates and starts one that is expected to run.
+func start(t *testing.T, o options) *box {
+	t.Helper()
+	b, err := create(t, o)
+	if err != nil {
+		t.Fatalf("create: %v", err)
+	}
+	if err := b.task.Start(b.ctx); err != nil {
+		t.Fatalf("start: %v", err)
+	}
+	return b
+}
+
+// wait returns the exit code once all output is there.
+func (b *box) wait() uint32 {
+	b.t.Helper()
+	select {
+	case st := <-b.exit:
+		if st.Error() != nil {
+			b.t.Fatalf("wait: %v", st.Error())
+		}
+		if _, err := b.task.Delete(b.ctx); err != nil {
+			b.t.Fatalf("delete of the task: %v", err)
+		}
+		b.task = nil
+		return st.ExitCode()
+	case <-b.ctx.Done():
+		b.t.Fatal("the container does not end")
+		return 0
+	}
+}
+
+// remove takes away what the test has left.
+func (b *box) remove() {
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), "default"), time.Minute)
+	defer cancel()
+	if b.task != nil {
+		if _, err := b.task.Delete(ctx, client.WithProcessKill); err != nil {
+			b.t.Logf("delete of the task: %v", err)
+		}
+	}
+	if err := b.container.Delete(ctx, client.WithSnapshotCleanup); err != nil {
+		b.t.Logf("delete of the container: %v", err)
+	}
+}
+
+// execIn runs a process in the container and returns its output and status.
+func (b *box) execIn(args []string, change func(*oci.Spec)) (string, uint32, error) {
+	b.t.Helper()
+	spec, err := b.container.Spec(b.ctx)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	spec.Process.Args, spec.Process.Terminal = args, false
+	if change != nil {
+		change(spec)
+	}
+	var out bytes.Buffer
+	p, err := b.task.Exec(b.ctx, fmt.Sprintf("e%d", counter.Add(1)), spec.Process, cio.NewCreator(cio.WithStreams(nil, &out, &out)))
+	if err != nil {
+		return "", 0, err
+	}
+	exit, err := p.Wait(b.ctx)
+	if err != nil {
+		return "", 0, err
+	}
+	if err := p.Start(b.ctx); err != nil {
+		_, derr := p.Delete(b.ctx)
+		return "", 0, errors.Join(err, derr)
+	}
+	st := <-exit
+	if _, err := p.Delete(b.ctx); err != nil {
+		return "", 0, err
+	}
+	return out.String(), st.ExitCode(), st.Error()
+}
+
+// run runs one to its end.
+func run(t *testing.T, o options) (stdout, stderr string, code uint32) {
+	t.Helper()
+	b := start(t, o)
+	code = b.wait()
+	return b.out.String(), b.err.String(), code
+}
+
+// command runs a program of the guest and returns its whole output and status.
+func command(argv ...string) (string, int) {
+	cmd := exec.Command(argv[0], argv[1:]...)
+	out, err := cmd.CombinedOutput()
+	if cmd.ProcessState == nil {
+		return err.Error(), -1
+	}
+	return string(out), cmd.ProcessState.ExitCode()
+}
+
+// count are the things that must be the same before and after.
+func count(t *testing.T) map[string]int {
+	t.Helper()
+	n := map[string]int{}
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		link, err := os.Readlink(filepath.Join("/proc", e.Name(), "exe"))
+		if err != nil || link == "" || e.Name()[0] < '0' || e.Name()[0] > '9' {
+			continue // kernel threads have no exe
+		}
+		n["processes"]++
+		base := filepath.Base(link)
+		if base == "containerd" || base == "containerd-pve" {
+			fds, err := os.ReadDir(filepath.Join("/proc", e.Name(), "fd"))
+			if err == nil {
+				n["open files of "+base] = len(fds)
+			}
+		}
+	}
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n["mounts"] = strings.Count(string(mounts), "\n")
+	for name, dir := range map[string]string{
+		"cgroups": "/sys/fs/cgroup", "runtime files": "/run/containerd", "lxc's runtime files": "/run/lxc",
+		"LXC containers": "/var/lib/containerd-pve/lxc",
+	} {
+		_ = filepath.WalkDir(dir, func(_ string, d os.DirEntry, err error) error {
+			if err == nil && (name != "cgroups" || d.IsDir()) {
+				n[name]++
+			}
+			return nil
+		})
+	}
+	out, _ := command("zfs", "list", "-H", "-t", "all", "-o", "name")
+	n["datasets"] = strings.Count(out, "\n")
+	return n
+}
+
+// eventually waits for something that follows asynchronously.
+func eventually(t *testing.T, limit time.Duration, what string, f func() bool) {
+	t.Helper()
+	for end := time.Now().Add(limit); !f(); time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("not within %s: %s", limit, what)
+		}
+	}
+}
