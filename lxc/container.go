@@ -144,12 +144,26 @@ func (c *Container) startFailure(ctx context.Context) error {
 	if text, err := os.ReadFile(filepath.Join(dir, errorFile)); err == nil && len(text) > 0 {
 		return fmt.Errorf("container %s: %s: %w", c.state.ID, strings.TrimSpace(string(text)), errdefs.ErrInvalidArgument)
 	}
-	text, _ := os.ReadFile(filepath.Join(dir, logFile))
-	lines := bytes.Split(bytes.TrimSpace(text), []byte("\n"))
-	if len(lines) > 8 {
-		lines = lines[len(lines)-8:]
+	log := filepath.Join(dir, logFile)
+	text, _ := os.ReadFile(log)
+	return fmt.Errorf("lxc-start of container %s failed (%v): %s (see %s): %w", c.state.ID, c.monitor.err, firstErrors(text), log, errdefs.ErrInternal)
+}
+
+// firstErrors are the messages of liblxc's log that say what went wrong; those
+// after them only say who else noticed. A line is "lxc-start NAME TIME LEVEL
+// CATEGORY - FILE:FUNCTION:LINE - MESSAGE".
+func firstErrors(log []byte) string {
+	var found []string
+	for line := range bytes.Lines(log) {
+		parts := bytes.SplitN(bytes.TrimSpace(line), []byte(" - "), 3)
+		if len(parts) == 3 && bytes.Contains(parts[0], []byte(" ERROR ")) && len(found) < 3 {
+			found = append(found, string(parts[2]))
+		}
 	}
-	return fmt.Errorf("lxc-start of container %s failed (%v): %s: %w", c.state.ID, c.monitor.err, bytes.Join(lines, []byte("; ")), errdefs.ErrInternal)
+	if found == nil {
+		return "it gave no reason"
+	}
+	return strings.Join(found, "; ")
 }
 
 // reap waits for the container's end and makes its status known.

@@ -87,10 +87,11 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 	c.set("lxc.pty.max", "0")
 	// pve-init enters the spec's profile when it executes the entrypoint.
 	c.set("lxc.apparmor.profile", "unconfined")
-	// exec first, lest liblxc takes the quotes for its own.
-	c.set("lxc.hook.mount", "exec "+quote(hook)+" mount "+quote(filepath.Join(stateDir(o.Bundle), mountsFile)))
+	// liblxc gives it to a shell, after "exec ". The # hides liblxc's arguments,
+	// and keeps liblxc from taking the outermost quotes for its own.
+	c.set("lxc.hook.mount", quote(hook)+" mount "+quote(filepath.Join(stateDir(o.Bundle), mountsFile))+" #")
 	// A container whose init called reboot(2) or died of SIGHUP has ended: the
-	// failing hook keeps liblxc from starting it anew. The # hides liblxc's arguments.
+	// failing hook keeps liblxc from starting it anew.
 	c.set("lxc.hook.post-stop", `test "$LXC_TARGET" != reboot #`)
 	c.set("lxc.init.cmd", "/proc/self/fd/4 init 3")
 
