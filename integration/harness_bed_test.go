@@ -206,8 +206,8 @@ func (b *box) execIn(args []string, change func(*oci.Spec)) (string, uint32, err
 	if change != nil {
 		change(spec)
 	}
-	var out bytes.Buffer
-	p, err := b.task.Exec(b.ctx, fmt.Sprintf("e%d", counter.Add(1)), spec.Process, cio.NewCreator(cio.WithStreams(nil, &out, &out)))
+	var out, stderr bytes.Buffer // two, as both are written at once
+	p, err := b.task.Exec(b.ctx, fmt.Sprintf("e%d", counter.Add(1)), spec.Process, cio.NewCreator(cio.WithStreams(nil, &out, &stderr)))
 	if err != nil {
 		return "", 0, err
 	}
@@ -223,7 +223,7 @@ func (b *box) execIn(args []string, change func(*oci.Spec)) (string, uint32, err
 	if _, err := p.Delete(b.ctx); err != nil {
 		return "", 0, err
 	}
-	return out.String(), st.ExitCode(), st.Error()
+	return out.String() + stderr.String(), st.ExitCode(), st.Error()
 }
 
 // run runs one to its end.

@@ -47,6 +47,8 @@ type snapshotter struct {
 
 	commitMu  sync.Mutex // a leftover @snapshot of a crash is told from a racing Commit's
 	cleanupMu sync.Mutex
+	closeOnce sync.Once
+	closeErr  error
 	stop      context.CancelFunc
 	done      chan struct{}
 }
@@ -141,9 +143,12 @@ func (s *snapshotter) sweep(ctx context.Context) {
 }
 
 func (s *snapshotter) Close() error {
-	s.stop()
-	<-s.done
-	return errors.Join(s.ms.Close(), s.lock.Close())
+	s.closeOnce.Do(func() {
+		s.stop()
+		<-s.done
+		s.closeErr = errors.Join(s.ms.Close(), s.lock.Close())
+	})
+	return s.closeErr
 }
 
 func (s *snapshotter) name(id string) string { return s.dataset + "/" + id }

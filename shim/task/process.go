@@ -47,6 +47,7 @@ type process struct {
 	proc    Process // nil until it exists
 	io      *stdio.IO
 	exit    lxc.ExitStatus
+	noStdin bool // CloseIO came before there was anything to close
 }
 
 func newProcess(t *taskState, execID string, config stdio.Config) *process {

@@ -380,6 +380,9 @@ func (t *taskState) startExec(ctx context.Context, p *process) error {
 		}
 		p.mu.Lock()
 		p.proc, p.io = proc, stdio
+		if p.noStdin {
+			stdio.CloseStdin()
+		}
 		p.mu.Unlock()
 		if err := stdio.Started(proc.Console()); err != nil {
 			_ = proc.Kill(ctx, unix.SIGKILL)
@@ -638,8 +641,13 @@ func (s *Service) CloseIO(_ context.Context, r *api.CloseIORequest) (*emptypb.Em
 	if err != nil {
 		return nil, err
 	}
-	if _, _, _, stdio := p.current(); r.Stdin && stdio != nil {
-		stdio.CloseStdin()
+	if r.Stdin {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.noStdin = true
+		if p.io != nil {
+			p.io.CloseStdin()
+		}
 	}
 	return empty, nil
 }
