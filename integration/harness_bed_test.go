@@ -170,6 +170,7 @@ func (b *box) wait() uint32 {
 		if st.Error() != nil {
 			b.t.Fatalf("wait: %v", st.Error())
 		}
+		b.task.IO().Wait()
 		if _, err := b.task.Delete(b.ctx); err != nil {
 			b.t.Fatalf("delete of the task: %v", err)
 		}
@@ -220,6 +221,7 @@ func (b *box) execIn(args []string, change func(*oci.Spec)) (string, uint32, err
 		return "", 0, errors.Join(err, derr)
 	}
 	st := <-exit
+	p.IO().Wait()
 	if _, err := p.Delete(b.ctx); err != nil {
 		return "", 0, err
 	}

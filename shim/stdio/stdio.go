@@ -56,6 +56,7 @@ type IO struct {
 	moved  atomic.Int64
 
 	mu     sync.Mutex
+	users  map[*os.File]int // streams that still write into a sink
 	closed bool
 }
 
@@ -248,14 +249,14 @@ func (o *IO) Started(console *os.File) error {
 			return fmt.Errorf("slave of the console: %w", errno)
 		}
 		o.term.slave = os.NewFile(peer, "console slave")
-		o.copies.Go(func() { o.copy(stream{o.term.master, o.term.sink}) })
+		o.begin(stream{o.term.master, o.term.sink})
 		if o.stdin != nil {
 			go func() { _, _ = io.Copy(o.term.master, onlyReader{o.stdin}) }()
 		}
 		return nil
 	}
 	for _, s := range o.out {
-		o.copies.Go(func() { o.copy(s) })
+		o.begin(s)
 	}
 	if o.stdin != nil {
 		go func() {
@@ -264,6 +265,25 @@ func (o *IO) Started(console *os.File) error {
 		}()
 	}
 	return nil
+}
+
+// begin copies a stream and then closes its sink, if it was the last one to write
+// there: clients wait for the end of the output before they call Delete.
+func (o *IO) begin(s stream) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.users == nil {
+		o.users = make(map[*os.File]int)
+	}
+	o.users[s.to]++
+	o.copies.Go(func() {
+		o.copy(s)
+		o.mu.Lock()
+		defer o.mu.Unlock()
+		if o.users[s.to]--; o.users[s.to] == 0 && s.to != nil {
+			s.to.Close()
+		}
+	})
 }
 
 // onlyReader hides the methods that make io.Copy take a detour.
