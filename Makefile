@@ -41,7 +41,7 @@ testbed:
 	$(bed) setup
 
 demo:
-	integration/testbed/vm-run -f integration/demo ./demo
+	integration/testbed/vm-run -f integration/demo/demo ./demo
 
 vm-run:
 	integration/testbed/vm-run

@@ -46,7 +46,7 @@ func TestProcess(t *testing.T) {
 		{name: "env", args: sh(`printf %s "$A"`), spec: []oci.SpecOpts{oci.WithEnv([]string{"A=b c=d"})}, want: "b c=d"},
 		{name: "env with newlines", args: sh(`printf %s "$A"`), spec: []oci.SpecOpts{oci.WithEnv([]string{"A=x\nlxc.init.cmd = y\n"})}, want: "x\nlxc.init.cmd = y\n"},
 		{name: "env that is empty", args: sh(`printf "[%s]" "${A-unset}"`), spec: []oci.SpecOpts{oci.WithEnv([]string{"A="})}, want: "[]"},
-		{name: "env is the spec's alone", args: []string{"env"}, edit: func(s *oci.Spec) { s.Process.Env = []string{"PATH=/usr/bin:/bin", "ONE=1"} }, want: "PATH=/usr/bin:/bin\nONE=1\n"},
+		{name: "env is the spec's and HOME", args: []string{"env"}, edit: func(s *oci.Spec) { s.Process.Env = []string{"PATH=/usr/bin:/bin", "ONE=1"} }, want: "PATH=/usr/bin:/bin\nONE=1\nHOME=/root\n"},
 		{name: "uid and gid", args: sh("id -u; id -g"), spec: []oci.SpecOpts{oci.WithUIDGID(1234, 4321)}, want: "1234\n4321\n"},
 		{name: "user by name", args: sh("id -un; id -gn"), spec: []oci.SpecOpts{oci.WithUser("www-data")}, want: "www-data\nwww-data\n"},
 		{name: "additional groups", args: sh("id -G"), edit: func(s *oci.Spec) { s.Process.User.AdditionalGids = []uint32{5, 777} }, want: "0 5 777\n"},

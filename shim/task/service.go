@@ -202,8 +202,11 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 		return nil, err
 	}
 	defer func() {
-		if retErr != nil {
-			retErr = errors.Join(retErr, t.unmount())
+		if retErr == nil {
+			return
+		}
+		if err := t.unmount(); err != nil {
+			retErr = errors.Join(retErr, err)
 		}
 	}()
 	p := newProcess(t, "", stdio.Config{
