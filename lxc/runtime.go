@@ -310,5 +310,15 @@ func typed(e *plan.Error) error {
 	case plan.ErrorPermission:
 		kind = errdefs.ErrPermissionDenied
 	}
-	return fmt.Errorf("%w: %w", e, kind)
+	return &initError{e.Message, kind}
 }
+
+// initError says what pve-init said; that is enough for people, who need not
+// read the name of its kind after it.
+type initError struct {
+	message string
+	kind    error
+}
+
+func (e *initError) Error() string { return e.message }
+func (e *initError) Unwrap() error { return e.kind }

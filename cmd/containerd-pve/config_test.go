@@ -1,0 +1,39 @@
+package main
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+)
+
+func TestParseConfig(t *testing.T) {
+	c, err := parseConfig([]byte("dataset = 'tank/x'\nlog_level = 'debug'"))
+	if err != nil || c.Dataset != "tank/x" || c.LogLevel != "debug" {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if _, err := parseConfig([]byte("datset = 'x'")); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "datset") {
+		t.Errorf("%v", err)
+	}
+}
+
+func TestComplete(t *testing.T) {
+	c := config{Dataset: "tank/x"}
+	if err := c.complete(); err != nil || c.Root != defaultRoot || c.Address != defaultAddress || c.LogLevel != "info" {
+		t.Errorf("%+v, %v", c, err)
+	}
+	for _, bad := range []config{{}, {Dataset: "a@b"}, {Dataset: "/a"}, {Dataset: "a", Root: "x"}, {Dataset: "a", Address: "x"}} {
+		if err := bad.complete(); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%+v: %v", bad, err)
+		}
+	}
+}
+
+func FuzzParseConfig(f *testing.F) {
+	f.Add([]byte("dataset = 'tank/x'"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		if _, err := parseConfig(data); err != nil && !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%v", err)
+		}
+	})
+}

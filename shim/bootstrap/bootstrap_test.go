@@ -1,0 +1,67 @@
+package bootstrap
+
+import (
+	"os"
+	"path/filepath"
+	"testing"
+
+	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
+	"github.com/containerd/typeurl/v2"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
+)
+
+var task = &invocation{id: "a", namespace: "default", address: "/flag"}
+
+func TestDecode(t *testing.T) {
+	dir := "/run/x/s"
+	params, err := proto.Marshal(&bootapi.BootstrapParams{InstanceID: "a", Namespace: "default", SocketDir: &dir, ContainerdGrpcAddress: "/grpc", LogLevel: bootapi.LogLevel_LOG_LEVEL_DEBUG})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := decode(params, task)
+	if err != nil || r.legacy || r.socketDir != dir || r.address != "/grpc" || !r.debug {
+		t.Errorf("params: %+v, %v", r, err)
+	}
+	a, err := typeurl.MarshalAny(&runcoptions.Options{ShimCgroup: "/c"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	options, err := proto.Marshal(&anypb.Any{TypeUrl: a.GetTypeUrl(), Value: a.GetValue()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err = decode(options, task)
+	if err != nil || !r.legacy || r.shimCgroup != "/c" || r.address != "/flag" {
+		t.Errorf("options: %+v, %v", r, err)
+	}
+	if r, err = decode(nil, task); err != nil || !r.legacy {
+		t.Errorf("nothing: %+v, %v", r, err)
+	}
+	if _, err = decode([]byte("\xff\xff\xff"), task); err == nil {
+		t.Error("rubbish was taken")
+	}
+}
+
+func FuzzDecode(f *testing.F) {
+	f.Add([]byte{10, 1, 'a', 18, 7, 'd', 'e', 'f', 'a', 'u', 'l', 't'})
+	f.Fuzz(func(t *testing.T, input []byte) {
+		if r, err := decode(input, task); (r == nil) == (err == nil) {
+			t.Errorf("%+v, %v", r, err)
+		}
+	})
+}
+
+func TestGroup(t *testing.T) {
+	dir := t.TempDir()
+	if g := group(dir, "a"); g != "a" {
+		t.Errorf("without a config.json: %q", g)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(`{"annotations":{"`+GroupAnnotation+`":"pod"}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if g := group(dir, "a"); g != "pod" {
+		t.Errorf("in a pod: %q", g)
+	}
+}

@@ -1,0 +1,214 @@
+package task
+
+import (
+	"context"
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	v2 "github.com/containerd/containerd/api/runtime/task/v2"
+	api "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/known/anypb"
+
+	"github.com/containerd-pve/containerd-pve/lxc"
+)
+
+// fake is an engine and its containers, without LXC.
+type fake struct{ execErr, startErr error }
+
+func (f *fake) Create(_ context.Context, _ lxc.Config, o lxc.CreateOptions) (Container, error) {
+	return &fakeContainer{fakeProcess: newFake(100), engine: f}, nil
+}
+
+type fakeProcess struct {
+	pid  int
+	done chan struct{}
+	once sync.Once
+	code uint32
+}
+
+func newFake(pid int) *fakeProcess { return &fakeProcess{pid: pid, done: make(chan struct{})} }
+
+func (p *fakeProcess) Pid() int              { return p.pid }
+func (p *fakeProcess) Console() *os.File     { return nil }
+func (p *fakeProcess) Done() <-chan struct{} { return p.done }
+func (p *fakeProcess) ExitStatus() lxc.ExitStatus {
+	return lxc.ExitStatus{Code: p.code, At: time.Unix(1, 0)}
+}
+func (p *fakeProcess) Kill(_ context.Context, sig unix.Signal) error {
+	p.once.Do(func() { p.code = 128 + uint32(sig); close(p.done) })
+	return nil
+}
+
+type fakeContainer struct {
+	*fakeProcess
+	engine *fake
+	mu     sync.Mutex
+	execs  []*fakeProcess
+}
+
+func (c *fakeContainer) Start(context.Context) error { return c.engine.startErr }
+func (c *fakeContainer) Exec(context.Context, *specs.Process, lxc.Stdio) (Process, error) {
+	if c.engine.execErr != nil {
+		return nil, c.engine.execErr
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	p := newFake(200 + len(c.execs))
+	c.execs = append(c.execs, p)
+	return p, nil
+}
+func (c *fakeContainer) KillAll(ctx context.Context, sig unix.Signal) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	_ = c.Kill(ctx, sig) // init first: its event must come last all the same
+	for _, p := range c.execs {
+		_ = p.Kill(ctx, sig)
+	}
+	return nil
+}
+func (c *fakeContainer) Pause(context.Context) error                         { return nil }
+func (c *fakeContainer) Resume(context.Context) error                        { return nil }
+func (c *fakeContainer) Update(context.Context, *specs.LinuxResources) error { return nil }
+func (c *fakeContainer) Pids(context.Context) ([]int, error)                 { return []int{100, 200}, nil }
+func (c *fakeContainer) CgroupPath() string                                  { return "/containerd-pve-test/none" }
+func (c *fakeContainer) Delete(context.Context) error                        { return nil }
+
+type recorder struct {
+	mu     sync.Mutex
+	topics []string
+}
+
+func (r *recorder) Publish(_ context.Context, topic string, _ events.Event) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.topics = append(r.topics, strings.TrimPrefix(topic, "/tasks/"))
+	return nil
+}
+func (r *recorder) Close() error { return nil }
+
+func service(t *testing.T, f *fake) (*Service, *recorder, string) {
+	t.Helper()
+	r := &recorder{}
+	s := New(t.Context(), "default", f, r, func() {})
+	bundle := t.TempDir()
+	data, err := json.Marshal(specs.Spec{Process: &specs.Process{Args: []string{"x"}}, Root: &specs.Root{Path: "."}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(bundle, "config.json"), data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return s, r, bundle
+}
+
+func TestCallsAndErrors(t *testing.T) {
+	s, r, bundle := service(t, &fake{})
+	ctx := t.Context()
+	proc := &anypb.Any{Value: []byte(`{"args":["y"]}`)}
+	step := func(name string, err error, want func(error) bool) {
+		t.Helper()
+		if want == nil && err != nil || want != nil && !want(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	do := func(_ any, err error) error { return err }
+	step("start unknown", do(s.Start(ctx, &api.StartRequest{ID: "a"})), errdefs.IsNotFound)
+	step("state unknown", do(s.State(ctx, &api.StateRequest{ID: "a"})), errdefs.IsNotFound)
+	step("kill unknown", do(s.Kill(ctx, &api.KillRequest{ID: "a", Signal: 9})), errdefs.IsNotFound)
+	step("delete unknown", do(s.Delete(ctx, &api.DeleteRequest{ID: "a"})), errdefs.IsNotFound)
+	step("connect unknown", do(s.Connect(ctx, &api.ConnectRequest{ID: "a"})), nil)
+	step("create", do(s.Create(ctx, &api.CreateTaskRequest{ID: "a", Bundle: bundle})), nil)
+	step("create again", do(s.Create(ctx, &api.CreateTaskRequest{ID: "a", Bundle: bundle})), errdefs.IsAlreadyExists)
+	step("restore", do(s.Create(ctx, &api.CreateTaskRequest{ID: "b", Bundle: bundle, Checkpoint: "c"})), errdefs.IsNotImplemented)
+	step("pause of created", do(s.Pause(ctx, &api.PauseRequest{ID: "a"})), errdefs.IsFailedPrecondition)
+	step("start", do(s.Start(ctx, &api.StartRequest{ID: "a"})), nil)
+	step("start again", do(s.Start(ctx, &api.StartRequest{ID: "a"})), errdefs.IsFailedPrecondition)
+	step("exec", do(s.Exec(ctx, &api.ExecProcessRequest{ID: "a", ExecID: "e", Spec: proc})), nil)
+	step("exec again", do(s.Exec(ctx, &api.ExecProcessRequest{ID: "a", ExecID: "e", Spec: proc})), errdefs.IsAlreadyExists)
+	step("kill of an exec not started", do(s.Kill(ctx, &api.KillRequest{ID: "a", ExecID: "e", Signal: 9})), errdefs.IsFailedPrecondition)
+	step("start of an unknown exec", do(s.Start(ctx, &api.StartRequest{ID: "a", ExecID: "z"})), errdefs.IsNotFound)
+	step("start exec", do(s.Start(ctx, &api.StartRequest{ID: "a", ExecID: "e"})), nil)
+	step("resize without a terminal", do(s.ResizePty(ctx, &api.ResizePtyRequest{ID: "a"})), errdefs.IsFailedPrecondition)
+	step("checkpoint", do(s.Checkpoint(ctx, &api.CheckpointTaskRequest{ID: "a"})), errdefs.IsNotImplemented)
+	step("signal 0", do(s.Kill(ctx, &api.KillRequest{ID: "a"})), errdefs.IsInvalidArgument)
+	step("delete of running", do(s.Delete(ctx, &api.DeleteRequest{ID: "a"})), errdefs.IsFailedPrecondition)
+	step("pause", do(s.Pause(ctx, &api.PauseRequest{ID: "a"})), nil)
+	step("pause again", do(s.Pause(ctx, &api.PauseRequest{ID: "a"})), errdefs.IsFailedPrecondition)
+	step("resume", do(s.Resume(ctx, &api.ResumeRequest{ID: "a"})), nil)
+	pids, err := s.Pids(ctx, &api.PidsRequest{ID: "a"})
+	if err != nil || len(pids.Processes) != 2 || pids.Processes[1].Info == nil || pids.Processes[0].Info != nil {
+		t.Errorf("pids: %v, %v", pids, err)
+	}
+	step("kill all", do(s.Kill(ctx, &api.KillRequest{ID: "a", Signal: 9, All: true})), nil)
+	w, err := s.Wait(ctx, &api.WaitRequest{ID: "a"})
+	if err != nil || w.ExitStatus != 137 {
+		t.Errorf("wait: %v, %v", w, err)
+	}
+	if w, err = s.Wait(ctx, &api.WaitRequest{ID: "a", ExecID: "e"}); err != nil || w.ExitStatus != 137 {
+		t.Errorf("wait for the exec: %v, %v", w, err)
+	}
+	step("kill of stopped", do(s.Kill(ctx, &api.KillRequest{ID: "a", Signal: 9})), errdefs.IsNotFound)
+	step("exec in stopped", do(s.Exec(ctx, &api.ExecProcessRequest{ID: "a", ExecID: "f", Spec: proc})), errdefs.IsFailedPrecondition)
+	step("delete exec", do(s.Delete(ctx, &api.DeleteRequest{ID: "a", ExecID: "e"})), nil)
+	step("delete", do(s.Delete(ctx, &api.DeleteRequest{ID: "a"})), nil)
+	step("delete again", do(s.Delete(ctx, &api.DeleteRequest{ID: "a"})), errdefs.IsNotFound)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	want := strings.Fields("create start exec-added exec-started paused resumed exit exit delete")
+	if !slices.Equal(r.topics, want) {
+		t.Errorf("events %v, want %v", r.topics, want)
+	}
+}
+
+func TestFailedExecUnblocksWait(t *testing.T) {
+	s, _, bundle := service(t, &fake{execErr: errdefs.ErrNotFound})
+	ctx := t.Context()
+	if _, err := s.Create(ctx, &api.CreateTaskRequest{ID: "a", Bundle: bundle}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Start(ctx, &api.StartRequest{ID: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Exec(ctx, &api.ExecProcessRequest{ID: "a", ExecID: "e", Spec: &anypb.Any{Value: []byte(`{"args":["y"]}`)}}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Start(ctx, &api.StartRequest{ID: "a", ExecID: "e"}); !errdefs.IsNotFound(err) {
+		t.Errorf("start: %v", err)
+	}
+	if w, err := s.Wait(ctx, &api.WaitRequest{ID: "a", ExecID: "e"}); err != nil || w.ExitStatus != failedExec {
+		t.Errorf("wait: %v, %v", w, err)
+	}
+}
+
+// TestVersionsAreTheSameOnTheWire is what lets one implementation serve both.
+func TestVersionsAreTheSameOnTheWire(t *testing.T) {
+	old, new := v2.File_runtime_task_v2_shim_proto.Messages(), api.File_runtime_task_v3_shim_proto.Messages()
+	for i := range old.Len() {
+		a := old.Get(i)
+		b := new.ByName(a.Name())
+		if b == nil {
+			t.Errorf("%s is not in version 3", a.Name())
+			continue
+		}
+		for j := range a.Fields().Len() {
+			x := a.Fields().Get(j)
+			y := b.Fields().ByNumber(x.Number())
+			if y == nil || x.Kind() != y.Kind() || x.Cardinality() != y.Cardinality() ||
+				x.Kind() == protoreflect.MessageKind && x.Message().Name() != y.Message().Name() {
+				t.Errorf("%s differs in version 3", x.FullName())
+			}
+		}
+	}
+}
