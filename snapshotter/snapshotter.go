@@ -107,7 +107,7 @@ func storeID(path string) (string, error) {
 // claim marks the parent dataset with this store's id, so that a daemon with
 // other records never takes this one's datasets for orphans.
 func claim(ctx context.Context, z zfs.ZFS, dataset, store string) error {
-	d, err := z.Get(ctx, dataset, propStore)
+	owner, err := z.Property(ctx, dataset, propStore)
 	if errdefs.IsNotFound(err) {
 		return z.Create(ctx, dataset, zfs.Properties{
 			"mountpoint": "none", "acltype": "posixacl", "xattr": "sa", "atime": "off",
@@ -117,14 +117,14 @@ func claim(ctx context.Context, z zfs.ZFS, dataset, store string) error {
 	if err != nil {
 		return err
 	}
-	switch d.Properties[propStore] {
+	switch owner {
 	case store:
 		return nil
-	case "-":
+	case zfs.Unset:
 		return z.Set(ctx, dataset, propStore, store)
 	}
 	return fmt.Errorf("it belongs to another store (%s=%s, not %s): use its root, or another dataset: %w",
-		propStore, d.Properties[propStore], store, errdefs.ErrFailedPrecondition)
+		propStore, owner, store, errdefs.ErrFailedPrecondition)
 }
 
 // sweep destroys what a crash left, and comes back for what was busy.
@@ -190,11 +190,7 @@ func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 }
 
 func (s *snapshotter) used(ctx context.Context, id string) (snapshots.Usage, error) {
-	d, err := s.zfs.Get(ctx, s.name(id), "used")
-	if err != nil {
-		return snapshots.Usage{}, fmt.Errorf("usage of %s: %w", s.name(id), err)
-	}
-	n, err := strconv.ParseInt(d.Properties["used"], 10, 64)
+	n, err := s.zfs.Used(ctx, s.name(id))
 	if err != nil {
 		return snapshots.Usage{}, fmt.Errorf("usage of %s: %w", s.name(id), err)
 	}
@@ -336,7 +332,7 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 	s.cleanupMu.Lock()
 	defer s.cleanupMu.Unlock()
 	// Datasets before records: one made in between is in the records only.
-	ds, err := s.zfs.Children(ctx, s.dataset, propID)
+	names, err := s.zfs.Children(ctx, s.dataset)
 	if err != nil {
 		return fmt.Errorf("listing %s: %w", s.dataset, err)
 	}
@@ -349,13 +345,22 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 		return fmt.Errorf("reading the records: %w", err)
 	}
 	var ids []uint64
-	for _, d := range ds {
-		id := d.Properties[propID]
+	for _, name := range names {
+		id := strings.TrimPrefix(name, s.dataset+"/")
 		n, err := strconv.ParseUint(id, 10, 64)
-		if _, ok := live[id]; ok || err != nil || d.Name != s.name(id) {
+		if _, ok := live[id]; ok || err != nil {
 			continue
 		}
-		ids = append(ids, n)
+		mark, err := s.zfs.Property(ctx, name, propID)
+		if errdefs.IsNotFound(err) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("whose is %s: %w", name, err)
+		}
+		if mark == id {
+			ids = append(ids, n)
+		}
 	}
 	// A clone is younger than its origin, and must go first.
 	sort.Slice(ids, func(i, j int) bool { return ids[i] > ids[j] })

@@ -5,10 +5,11 @@ package snapshotter
 import (
 	"context"
 	"flag"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
+	"sync/atomic"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -18,10 +19,11 @@ import (
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
-func TestSuite(t *testing.T) {
-	if err := flag.Set("test.root", "true"); err != nil { // defined by testutil: "yes, mount"
-		t.Fatal(err)
-	}
+var pools atomic.Int64
+
+// makePool makes a pool in a file, for one test.
+func makePool(t *testing.T) string {
+	t.Helper()
 	img := filepath.Join(t.TempDir(), "pool")
 	if err := os.WriteFile(img, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -29,7 +31,7 @@ func TestSuite(t *testing.T) {
 	if err := os.Truncate(img, 4<<30); err != nil {
 		t.Fatal(err)
 	}
-	pool := "cpve" + strconv.Itoa(os.Getpid())
+	pool := fmt.Sprintf("cpve%d-%d", os.Getpid(), pools.Add(1))
 	if out, err := exec.Command("zpool", "create", "-m", "none", pool, img).CombinedOutput(); err != nil {
 		t.Fatalf("zpool create: %v: %s", err, out)
 	}
@@ -38,8 +40,16 @@ func TestSuite(t *testing.T) {
 			t.Errorf("zpool destroy: %v: %s", err, out)
 		}
 	})
+	return pool
+}
+
+func TestSuite(t *testing.T) {
+	if err := flag.Set("test.root", "true"); err != nil { // defined by testutil: "yes, mount"
+		t.Fatal(err)
+	}
+	pool := makePool(t)
 	testsuite.SnapshotterSuite(t, "pve-zfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := New(ctx, zfs.Command{}, root, pool+"/"+filepath.Base(filepath.Dir(root))+filepath.Base(root))
+		s, err := New(ctx, zfs.New(), root, pool+"/"+filepath.Base(filepath.Dir(root))+filepath.Base(root))
 		if err != nil {
 			return nil, nil, err
 		}

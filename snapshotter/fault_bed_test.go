@@ -1,0 +1,197 @@
+//go:build bed
+
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"sort"
+	"strings"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
+)
+
+var errInjected = errors.New("injected")
+
+// faulty fails the call number at: before it did anything, or after it did all.
+type faulty struct {
+	zfs.ZFS
+	at, calls int
+	after     bool
+}
+
+func (f *faulty) run(do func() error) error {
+	f.calls++
+	if f.calls != f.at {
+		return do()
+	}
+	if f.after {
+		if err := do(); err != nil {
+			return err
+		}
+	}
+	return errInjected
+}
+
+func (f *faulty) Create(ctx context.Context, name string, p zfs.Properties) error {
+	return f.run(func() error { return f.ZFS.Create(ctx, name, p) })
+}
+
+func (f *faulty) Clone(ctx context.Context, snapshot, name string, p zfs.Properties) error {
+	return f.run(func() error { return f.ZFS.Clone(ctx, snapshot, name, p) })
+}
+
+func (f *faulty) Snapshot(ctx context.Context, name string) error {
+	return f.run(func() error { return f.ZFS.Snapshot(ctx, name) })
+}
+
+func (f *faulty) Destroy(ctx context.Context, name string) error {
+	return f.run(func() error { return f.ZFS.Destroy(ctx, name) })
+}
+
+func (f *faulty) Used(ctx context.Context, name string) (n int64, err error) {
+	err = f.run(func() error { n, err = f.ZFS.Used(ctx, name); return err })
+	return n, err
+}
+
+// life is one image's and one container's life. It goes on after an error, as
+// containerd does with the next request, and does again what failed.
+func life(ctx context.Context, s snapshots.Snapshotter) (failed int, err error) {
+	steps := []struct {
+		name string
+		do   func() error
+	}{
+		{"prepare layer 1", func() error { _, err := s.Prepare(ctx, "l1", ""); return err }},
+		{"commit layer 1", func() error { return s.Commit(ctx, "c1", "l1") }},
+		{"prepare layer 2", func() error { _, err := s.Prepare(ctx, "l2", "c1"); return err }},
+		{"commit layer 2", func() error { return s.Commit(ctx, "c2", "l2") }},
+		{"view", func() error { _, err := s.View(ctx, "v", "c2"); return err }},
+		{"prepare root", func() error { _, err := s.Prepare(ctx, "root", "c2"); return err }},
+		{"usage", func() error { _, err := s.Usage(ctx, "root"); return err }},
+		{"remove root", func() error { return s.Remove(ctx, "root") }},
+		{"remove view", func() error { return s.Remove(ctx, "v") }},
+		{"cleanup", func() error { return s.(snapshots.Cleaner).Cleanup(ctx) }},
+	}
+	for _, step := range steps {
+		err := step.do()
+		if errors.Is(err, errInjected) {
+			failed++
+			err = step.do()
+		}
+		if err != nil {
+			return failed, fmt.Errorf("%s: %w", step.name, err)
+		}
+	}
+	return failed, nil
+}
+
+// TestFaults fails every call to ZFS once, before and after its effect, on real
+// ZFS: whoever tries again succeeds, and nothing is left that no record names.
+func TestFaults(t *testing.T) {
+	pool := makePool(t)
+	ctx := context.Background()
+	for _, after := range []bool{false, true} {
+		for at, injected := 1, true; injected; at++ {
+			name := fmt.Sprintf("call %d, after %v", at, after)
+			dataset := fmt.Sprintf("%s/%d%v", pool, at, after)
+			f := &faulty{ZFS: zfs.New()}
+			s, err := New(ctx, f, t.TempDir(), dataset)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.(*snapshotter).cleanupMu.Lock() // the first sweep's calls are not to be counted
+			f.at, f.calls, f.after = at, 0, after
+			s.(*snapshotter).cleanupMu.Unlock()
+			if _, err := life(ctx, s); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			injected = f.calls >= at
+			f.at = 0
+			if err := s.(snapshots.Cleaner).Cleanup(ctx); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			agree(t, name, s, dataset)
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
+// agree compares what the records name with what ZFS holds.
+func agree(t *testing.T, name string, s snapshots.Snapshotter, dataset string) {
+	t.Helper()
+	names, err := zfs.New().Children(context.Background(), dataset)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	err = s.Walk(context.Background(), func(ctx context.Context, i snapshots.Info) error {
+		want = append(want, i.Name)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sort.Strings(want)
+	if got := strings.Join(want, " "); got != "c1 c2" || len(names) != 2 {
+		t.Errorf("%s: records %q, datasets %q", name, got, names)
+	}
+}
+
+// TestRestart: the records and datasets of one daemon serve the next; what has
+// no record is destroyed, what is not ours is left alone.
+func TestRestart(t *testing.T) {
+	pool := makePool(t)
+	ctx, root, dataset := context.Background(), t.TempDir(), pool+"/restart"
+	open := func() snapshots.Snapshotter {
+		s, err := New(ctx, zfs.New(), root, dataset)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	s := open()
+	if _, err := life(ctx, s); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(ctx, zfs.New(), root, dataset); err == nil {
+		t.Error("a second daemon on the same root")
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(ctx, zfs.New(), filepath.Join(root, "other"), dataset); err == nil {
+		t.Error("a second store on the same dataset")
+	}
+	z := zfs.New()
+	for name, p := range map[string]zfs.Properties{
+		"/900":   {propID: "900", "mountpoint": "none"}, // an orphan
+		"/901":   {"mountpoint": "none"},                // somebody's, with a number
+		"/other": {"mountpoint": "none"},                // somebody's
+	} {
+		if err := z.Create(ctx, dataset+name, p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s = open()
+	defer s.Close()
+	if err := s.(snapshots.Cleaner).Cleanup(ctx); err != nil {
+		t.Fatal(err)
+	}
+	names, err := z.Children(ctx, dataset)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, n := range names {
+		names[i] = strings.TrimPrefix(n, dataset+"/")
+	}
+	if got := strings.Join(names, " "); got != "1 2 901 other" {
+		t.Errorf("datasets %s", got)
+	}
+}

@@ -1,0 +1,188 @@
+package zfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	zfs "github.com/mistifyio/go-zfs/v3"
+)
+
+// goZFS is ZFS by the go-zfs module, which runs the zfs program.
+type goZFS struct{}
+
+// call runs a function of go-zfs, which knows no context: when ctx ends, the
+// call goes on alone and its result is nobody's. What it still makes then is a
+// dataset without a record, or a snapshot that the next Commit replaces.
+func call[T any](ctx context.Context, what, name string, f func() (T, error)) (T, error) {
+	type result struct {
+		value T
+		err   error
+	}
+	var none T
+	if err := ctx.Err(); err != nil {
+		return none, fmt.Errorf("%s %s: %w", what, name, err)
+	}
+	done := make(chan result, 1)
+	go func() {
+		v, err := f()
+		done <- result{v, err}
+	}()
+	select {
+	case <-ctx.Done():
+		return none, fmt.Errorf("%s %s: %w", what, name, ctx.Err())
+	case r := <-done:
+		return r.value, wrap(what, name, r.err)
+	}
+}
+
+// wrap puts the program's words into the error, and a kind where it did not even run.
+func wrap(what, name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	var failed *zfs.Error
+	if !errors.As(err, &failed) {
+		return fmt.Errorf("%s %s: %w", what, name, err)
+	}
+	if errors.Is(failed.Err, exec.ErrNotFound) {
+		return fmt.Errorf("the zfs program is not on PATH (install zfsutils-linux): %w", errdefs.ErrUnavailable)
+	}
+	return fmt.Errorf("%s %s: %s (%w)", what, name, strings.TrimSpace(failed.Stderr), failed.Err)
+}
+
+// do is call for what has no result of interest.
+func do(ctx context.Context, what, name string, f func() error) error {
+	_, err := call(ctx, what, name, func() (struct{}, error) { return struct{}{}, f() })
+	return err
+}
+
+func (goZFS) Create(ctx context.Context, name string, p Properties) error {
+	err := do(ctx, "create", name, func() error {
+		_, err := zfs.CreateFilesystem(name, p)
+		return err
+	})
+	return explain(ctx, err, name, path.Dir(name), path.Dir(name))
+}
+
+func (goZFS) Clone(ctx context.Context, snapshot, name string, p Properties) error {
+	// go-zfs clones with -p, which takes a filesystem that is there for the clone.
+	if _, err := get(ctx, name); err == nil {
+		return fmt.Errorf("clone %s: %w", name, errdefs.ErrAlreadyExists)
+	} else if !errdefs.IsNotFound(err) {
+		return err
+	}
+	err := do(ctx, "clone", name, func() error {
+		_, err := (&zfs.Dataset{Name: snapshot, Type: zfs.DatasetSnapshot}).Clone(name, p)
+		return err
+	})
+	return explain(ctx, err, name, snapshot, path.Dir(name))
+}
+
+func (goZFS) Snapshot(ctx context.Context, name string) error {
+	dataset, snapshot, _ := strings.Cut(name, "@")
+	err := do(ctx, "snapshot", name, func() error {
+		_, err := (&zfs.Dataset{Name: dataset}).Snapshot(snapshot, false)
+		return err
+	})
+	return explain(ctx, err, name, dataset, dataset)
+}
+
+// explain gives a failed creation of name out of origin its kind, by looking at
+// what is there now. It takes its space from the filesystem space.
+func explain(ctx context.Context, err error, name, origin, space string) error {
+	if err == nil || ctx.Err() != nil || errdefs.IsUnavailable(err) {
+		return err
+	}
+	if rerr := Ready(name); rerr != nil {
+		return rerr
+	}
+	if _, gerr := get(ctx, name); gerr == nil {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrAlreadyExists)
+	}
+	if _, gerr := get(ctx, origin); gerr != nil {
+		return fmt.Errorf("%w: %s: %w", err, origin, errdefs.ErrNotFound)
+	}
+	if d, gerr := get(ctx, space); gerr == nil && d.Avail == 0 {
+		return fmt.Errorf("%w: no space left in %s: %w", err, space, errdefs.ErrResourceExhausted)
+	}
+	return err
+}
+
+// get finds one dataset by its name. A list of one well-formed name fails, with
+// the module there and the pool imported, only because the name is not there.
+func get(ctx context.Context, name string) (*zfs.Dataset, error) {
+	d, err := call(ctx, "list", name, func() (*zfs.Dataset, error) { return zfs.GetDataset(name) })
+	if err == nil || ctx.Err() != nil || errdefs.IsUnavailable(err) {
+		return d, err
+	}
+	if rerr := Ready(name); rerr != nil {
+		return nil, rerr
+	}
+	return nil, fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+}
+
+func (goZFS) Destroy(ctx context.Context, name string) error {
+	err := do(ctx, "destroy", name, func() error {
+		return (&zfs.Dataset{Name: name}).Destroy(zfs.DestroyDefault)
+	})
+	if err == nil || ctx.Err() != nil || errdefs.IsUnavailable(err) {
+		return err
+	}
+	if _, gerr := get(ctx, name); gerr != nil {
+		return gerr
+	}
+	return fmt.Errorf("%w: in use: %w", err, errdefs.ErrFailedPrecondition)
+}
+
+func (goZFS) Property(ctx context.Context, name, property string) (string, error) {
+	v, err := call(ctx, "get "+property+" of", name, func() (string, error) {
+		return (&zfs.Dataset{Name: name}).GetProperty(property)
+	})
+	return v, missing(ctx, err, name)
+}
+
+func (goZFS) Set(ctx context.Context, name, property, value string) error {
+	return missing(ctx, do(ctx, "set "+property+" of", name, func() error {
+		return (&zfs.Dataset{Name: name}).SetProperty(property, value)
+	}), name)
+}
+
+// missing says NotFound where the dataset is the reason.
+func missing(ctx context.Context, err error, name string) error {
+	if err == nil {
+		return nil
+	}
+	if _, gerr := get(ctx, name); gerr != nil {
+		return gerr
+	}
+	return err
+}
+
+func (goZFS) Used(ctx context.Context, name string) (int64, error) {
+	d, err := get(ctx, name)
+	if err != nil {
+		return 0, err
+	}
+	return int64(d.Used), nil
+}
+
+func (goZFS) Children(ctx context.Context, parent string) ([]string, error) {
+	all, err := call(ctx, "list below", parent, func() ([]*zfs.Dataset, error) {
+		return (&zfs.Dataset{Name: parent}).Children(1)
+	})
+	if err != nil {
+		return nil, missing(ctx, err, parent)
+	}
+	var names []string
+	for _, d := range all {
+		if d.Type == zfs.DatasetFilesystem {
+			names = append(names, d.Name)
+		}
+	}
+	return names, nil
+}
