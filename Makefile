@@ -9,8 +9,8 @@ packages ?= ./...
 race := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
 
 .NOTPARALLEL:
-.PHONY: help build test test-unit test-bed demo testbed vm-run vm-shell vm-down lint clean
-.SILENT: help vm-run vm-shell vm-down testbed demo
+.PHONY: help build test test-unit test-bed demo bench testbed vm-run vm-shell vm-down lint clean
+.SILENT: help vm-run vm-shell vm-down testbed demo bench
 
 help:
 	echo 'make build       the programs, in ./bin'
@@ -18,6 +18,7 @@ help:
 	echo 'make test-unit   unit tests only'
 	echo 'make test-bed    test bed only; packages=./shim chooses, TESTBED=host uses this host instead of a VM'
 	echo 'make demo        pull an image and run it with our runtime, in the test bed'
+	echo 'make bench       time ctr run against runc, in the test bed; n=20 runs of each'
 	echo 'make testbed     build the test bed (cached outside this directory)'
 	echo "make vm-run CMD='ctr version' FILES='a b'   run a command in the test bed, the FILES in /work"
 	echo 'make vm-shell    a shell in the test bed;  make vm-down ends its VM'
@@ -42,6 +43,11 @@ testbed:
 
 demo:
 	integration/testbed/vm-run -f integration/demo/demo ./demo
+
+bench:
+	mkdir -p bin
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o bin/bench ./integration/bench
+	integration/testbed/vm-run -f bin/bench -f integration/bench/guest 'bash ./guest -n $(or $(n),20) $(if $(format),--format $(format))'
 
 vm-run:
 	integration/testbed/vm-run

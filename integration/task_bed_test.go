@@ -447,6 +447,7 @@ func TestCtr(t *testing.T) {
 		t.Fatal(out)
 	}
 	dir := t.TempDir()
+	const cgroupMount = "type=cgroup,src=cgroup,dst=/sys/fs/cgroup,options=ro"
 	host, err := os.Readlink("/proc/self/ns/net")
 	if err != nil {
 		t.Fatal(err)
@@ -469,8 +470,8 @@ func TestCtr(t *testing.T) {
 		{[]string{"--env", "A=b c", "--env", "B="}, `echo "$A|$B"`, "b c|"},
 		{[]string{"--user", "33:33"}, "id -u; id -g", "33\n33"},
 		{[]string{"--hostname", "some-name"}, "cat /proc/sys/kernel/hostname", "some-name"},
-		{[]string{"--memory-limit", "67108864"}, "cat /sys/fs/cgroup/memory.max", "67108864"},
-		{[]string{"--cpus", "0.5"}, "cat /sys/fs/cgroup/cpu.max", "50000 100000"},
+		{[]string{"--memory-limit", "67108864", "--mount", cgroupMount}, "cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/memory.max", "67108864"},
+		{[]string{"--cpus", "0.5", "--mount", cgroupMount}, "cat /sys/fs/cgroup$(cut -d: -f3 /proc/self/cgroup)/cpu.max", "50000 100000"},
 		{[]string{"--mount", "type=bind,src=" + dir + ",dst=/mnt,options=rbind:ro"}, "touch /mnt/x 2>&1", "*Read-only file system"},
 		{[]string{"--mount", "type=tmpfs,dst=/mnt,options=size=1m"}, "stat -f -c %T /mnt", "tmpfs"},
 		{[]string{"--device", "/dev/fuse"}, "test -c /dev/fuse && echo device", "device"},
