@@ -109,7 +109,10 @@ func (b *bed) testOnHost(ctx context.Context, p *testPackage, programs []string)
 	}
 	defer group.Close()
 	deadline, _ := limited.Deadline()
-	args := append([]string{"--mount", "--pid", "--fork", "--kill-child", "--net", "--cgroup", "bash", "-c", hostScript, "host.sh"},
+	// The cgroup becomes the root of a cgroup namespace first, and is left then: one with processes in it can
+	// delegate no controllers, and the outer unshare cannot be moved from within its own pid namespace.
+	args := append([]string{"--cgroup", "sh", "-euc", `mkdir "$1/init.scope"; echo 0 >"$1/init.scope/cgroup.procs"; shift; exec "$@"`, "sh", cgroup,
+		"unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "bash", "-c", hostScript, "host.sh"},
 		p.argv("./bed.test", time.Until(deadline))...)
 	cmd := exec.CommandContext(limited, "unshare", args...)
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr

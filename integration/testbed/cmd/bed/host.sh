@@ -6,8 +6,6 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t securityfs securityfs /sys/kernel/security 2>/dev/null || true
 mount -t cgroup2 cgroup2 /sys/fs/cgroup # the root of our cgroup namespace
-mkdir /sys/fs/cgroup/init.scope
-echo 0 >/sys/fs/cgroup/init.scope/cgroup.procs
 for c in $(cat /sys/fs/cgroup/cgroup.controllers); do echo "+$c" >/sys/fs/cgroup/cgroup.subtree_control; done
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir -p /run/lock
@@ -29,6 +27,9 @@ for f in /etc/subuid /etc/subgid; do
 done
 mount --make-rshared / # as on any host; within our own namespace
 ip link set lo up
+mkdir "$T/tmp"
+# ZFS opens a pool's file by its path in the host's own mount namespace, which knows nothing of our /tmp.
+export TMPDIR=$T/tmp
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin TESTBED=host TESTBED_POOL=$POOL
 rc=0
 bed-registry
