@@ -131,7 +131,7 @@ func agree(t *testing.T, name string, s snapshots.Snapshotter, dataset string) {
 		t.Fatal(err)
 	}
 	var want []string
-	err = s.Walk(context.Background(), func(ctx context.Context, i snapshots.Info) error {
+	err = s.Walk(context.Background(), func(_ context.Context, i snapshots.Info) error {
 		want = append(want, i.Name)
 		return nil
 	})

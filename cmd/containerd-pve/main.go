@@ -18,15 +18,19 @@ import (
 // errNotReady makes `check` end with status 1 without another message.
 var errNotReady = errors.New("this host is not ready")
 
-func main() {
+func main() { os.Exit(run()) }
+
+// run gives the exit status, after its deferred calls.
+func run() int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
 	if err := root().ExecuteContext(ctx); err != nil {
 		if !errors.Is(err, errNotReady) {
 			fmt.Fprintln(os.Stderr, "containerd-pve:", err)
 		}
-		os.Exit(1)
+		return 1
 	}
+	return 0
 }
 
 func root() *cobra.Command {

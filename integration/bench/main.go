@@ -59,13 +59,17 @@ type options struct {
 	format    string
 }
 
-func main() {
+func main() { os.Exit(run()) }
+
+// run gives the exit status, after its deferred calls.
+func run() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := command().ExecuteContext(ctx); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
-		os.Exit(1)
+		return 1
 	}
+	return 0
 }
 
 func command() *cobra.Command {

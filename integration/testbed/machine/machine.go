@@ -295,7 +295,7 @@ func save(ctx context.Context, c *build.Cache, bed *build.Bed, accel, out string
 	if err != nil {
 		return err
 	}
-	defer m.Kill()
+	defer func() { _ = m.Kill() }() // it has ended by itself unless something failed before
 	limited, cancel := context.WithTimeout(ctx, 10*time.Minute)
 	defer cancel()
 	var output bytes.Buffer

@@ -35,20 +35,24 @@ type exitError int
 
 func (e exitError) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 
-func main() {
+func main() { os.Exit(run()) }
+
+// run gives the exit status, after its deferred calls.
+func run() int {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	err := command(ctx, os.Args[1:])
 	var status exitError
 	switch {
 	case errors.As(err, &status):
-		os.Exit(int(status))
+		return int(status)
 	case ctx.Err() != nil:
-		os.Exit(130)
+		return 130
 	case err != nil:
 		fmt.Fprintln(os.Stderr, "bed:", err)
-		os.Exit(125)
+		return 125
 	}
+	return 0
 }
 
 func command(ctx context.Context, args []string) error {

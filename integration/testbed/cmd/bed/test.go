@@ -217,7 +217,7 @@ func (b *bed) testInGuest(ctx context.Context, p *testPackage, programs []string
 	if err != nil {
 		return false, err
 	}
-	defer m.Kill()
+	defer func() { _ = m.Kill() }() // its directory is emptied before the next one starts
 	work := "/work/" + p.ImportPath
 	put := toGuest(programs)
 	put[work+"/bed.test"] = p.binary
@@ -239,15 +239,15 @@ func (b *bed) testInGuest(ctx context.Context, p *testPackage, programs []string
 		return false, context.Cause(ctx)
 	}
 	if err != nil {
-		return false, errors.Join(fmt.Errorf("%w\nthe guest is ended; its console:\n%s", err, m.Console()), b.keep(p, m, nil))
+		return false, errors.Join(fmt.Errorf("%w\nthe guest is ended; its console:\n%s", err, m.Console()), b.keep(ctx, p, m, false))
 	}
 	collecting, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	return code == 0, b.keep(p, m, collecting)
+	return code == 0, b.keep(collecting, p, m, true)
 }
 
-// keep saves what helps to understand a run: console, daemons' logs, core files. Without ctx the guest is not asked.
-func (b *bed) keep(p *testPackage, m *machine.Machine, ctx context.Context) error {
+// keep saves what helps to understand a run: console, daemons' logs, core files. A guest that hangs is not asked.
+func (b *bed) keep(ctx context.Context, p *testPackage, m *machine.Machine, ask bool) error {
 	rel, err := filepath.Rel(b.repo, p.Dir)
 	if err != nil {
 		return err
@@ -259,7 +259,7 @@ func (b *bed) keep(p *testPackage, m *machine.Machine, ctx context.Context) erro
 	if err := os.WriteFile(filepath.Join(out, "console.log"), []byte(m.Console()), 0o644); err != nil {
 		return err
 	}
-	if ctx == nil {
+	if !ask {
 		return nil
 	}
 	if err := m.Client.Get(ctx, out, "var/log/stack", "var/crash"); err != nil {
