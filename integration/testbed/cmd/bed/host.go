@@ -60,7 +60,7 @@ func (b *bed) hostSetup(ctx context.Context) error {
 }
 
 // testOnHost runs one package's tests here, in namespaces, a cgroup and a pool (in a file) of their own.
-func (b *bed) testOnHost(ctx context.Context, p *testPackage, programs []string) (ok bool, err error) {
+func (b *bed) testOnHost(ctx context.Context, p *job, programs []string) (ok bool, err error) {
 	dir, err := os.MkdirTemp("/var/tmp", "bed-host-")
 	if err != nil {
 		return false, err
@@ -77,7 +77,7 @@ func (b *bed) testOnHost(ctx context.Context, p *testPackage, programs []string)
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return false, err
 	}
-	if err := b.hostTree(dir, p, programs); err != nil {
+	if err := b.hostTree(dir, p.testPackage, programs); err != nil {
 		return false, err
 	}
 	sh := func(script string) error {
@@ -115,7 +115,7 @@ func (b *bed) testOnHost(ctx context.Context, p *testPackage, programs []string)
 		"unshare", "--mount", "--pid", "--fork", "--kill-child", "--net", "bash", "-c", hostScript, "host.sh"},
 		p.argv("./bed.test", time.Until(deadline))...)
 	cmd := exec.CommandContext(limited, "unshare", args...)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.Stdout, cmd.Stderr = p.out, p.out
 	cmd.Env = append(os.Environ(), "T="+dir, "POOL="+name)
 	cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(group.Fd())}
 	err = cmd.Run()

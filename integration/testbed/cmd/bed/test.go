@@ -16,14 +16,16 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd-pve/containerd-pve/integration/testbed/agent"
 	"github.com/containerd-pve/containerd-pve/integration/testbed/machine"
 )
 
-// perPackage is the time limit for one package's tests.
-const perPackage = 20 * time.Minute
+// perPackage is the time limit for one package's tests in one guest.
+const perPackage = 30 * time.Minute
 
 type testPackage struct {
 	ImportPath, Dir           string
@@ -32,6 +34,7 @@ type testPackage struct {
 	tests  []string // top-level names in files with the build tag
 	binary string
 	err    error // why there is no binary
+	failed atomic.Bool
 }
 
 func (b *bed) test(ctx context.Context, patterns []string) error {
@@ -62,53 +65,114 @@ func (b *bed) test(ctx context.Context, patterns []string) error {
 		return err
 	}
 	defer os.RemoveAll(tmp)
-	compiled := make(chan *testPackage, 1) // the next one is compiled while one runs
-	go func() {
-		defer close(compiled)
-		for _, p := range packages {
-			p.compile(ctx, b.repo, tmp)
-			select {
-			case compiled <- p:
-			case <-ctx.Done():
-				return
-			}
-		}
-	}()
-	failed := false
-	for p := range compiled {
-		begin := time.Now()
-		ok := false
-		switch {
-		case p.err != nil:
-			fmt.Println(p.err)
-			fmt.Printf("FAIL\t%s [build failed]\n", p.ImportPath)
-		case host:
-			ok, err = b.testOnHost(ctx, p, programs)
-		default:
-			ok, err = b.testInGuest(ctx, p, programs, filepath.Join(tmp, "vm"))
-		}
-		if err != nil {
-			fmt.Println("bed:", err)
-			ok = false
-		}
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		took := time.Since(begin).Seconds()
-		if ok {
-			fmt.Printf("ok  \t%s\t%.3fs\n", p.ImportPath, took)
-		} else {
-			failed = true
-			if p.err == nil {
-				fmt.Printf("FAIL\t%s\t%.3fs\n", p.ImportPath, took)
-			}
-		}
+	work := &testRun{b: b, host: host, programs: programs, out: sequence{w: os.Stdout}, jobs: make(chan *job)}
+	workers := guests
+	if host {
+		workers = 1 // there is but one host
 	}
-	if failed {
+	for i := range workers {
+		work.wg.Go(func() { work.serve(ctx, filepath.Join(tmp, fmt.Sprintf("vm%d", i))) })
+	}
+	for _, p := range packages { // the next one is compiled while others run
+		p.compile(ctx, b.repo, tmp)
+		work.add(ctx, p)
+	}
+	close(work.jobs)
+	work.wg.Wait()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if slices.ContainsFunc(packages, func(p *testPackage) bool { return p.failed.Load() }) {
 		fmt.Println("FAIL")
 		return exitError(1)
 	}
 	return nil
+}
+
+const (
+	// guests is how many guests run tests at once: most of a test in an emulated
+	// guest keeps one of its processors busy and not the other.
+	guests = 2
+	// perGuest is how many tests of one package share a guest, about.
+	perGuest = 12
+)
+
+// job is what one guest runs: a package's tests or a part of them.
+type job struct {
+	*testPackage
+	tests    []string
+	part, of int
+	out      *part
+}
+
+// testRun hands jobs to guests and puts their output in order.
+type testRun struct {
+	b        *bed
+	host     bool
+	programs []string
+	out      sequence
+	jobs     chan *job
+	wg       sync.WaitGroup
+}
+
+// add cuts a package into jobs.
+func (r *testRun) add(ctx context.Context, p *testPackage) {
+	of := (len(p.tests) + perGuest - 1) / perGuest
+	if r.host || p.err != nil || os.Getenv("RUN") != "" {
+		of = 1
+	}
+	begin := time.Now()
+	for i := range of {
+		j := &job{testPackage: p, part: i, of: of}
+		for n := i; n < len(p.tests); n += of {
+			j.tests = append(j.tests, p.tests[n])
+		}
+		last := func() string { return "" }
+		if i == of-1 {
+			last = func() string { return p.summary(time.Since(begin)) }
+		}
+		j.out = r.out.add(last)
+		select {
+		case r.jobs <- j:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// summary is what `go test` says of a package when it is through.
+func (p *testPackage) summary(took time.Duration) string {
+	switch {
+	case p.err != nil:
+		return fmt.Sprintf("%v\nFAIL\t%s [build failed]\n", p.err, p.ImportPath)
+	case p.failed.Load():
+		return fmt.Sprintf("FAIL\t%s\t%.3fs\n", p.ImportPath, took.Seconds())
+	}
+	return fmt.Sprintf("ok  \t%s\t%.3fs\n", p.ImportPath, took.Seconds())
+}
+
+// serve runs jobs, one after the other, in guests below dir.
+func (r *testRun) serve(ctx context.Context, dir string) {
+	for j := range r.jobs {
+		ok, err := false, j.err
+		switch {
+		case err != nil:
+			err = nil // the summary says it
+		case r.host:
+			ok, err = r.b.testOnHost(ctx, j, r.programs)
+		default:
+			ok, err = r.b.testInGuest(ctx, j, r.programs, dir)
+		}
+		if err != nil {
+			fmt.Fprintln(j.out, "bed:", err)
+		}
+		if !ok {
+			j.failed.Store(true)
+		}
+		if err := j.out.Close(); err != nil {
+			fmt.Fprintln(os.Stderr, "bed:", err)
+		}
+	}
 }
 
 // bedPackages are the packages that have test files with the build tag bed.
@@ -136,6 +200,7 @@ func (b *bed) bedPackages(ctx context.Context, patterns []string) ([]*testPackag
 			}
 			p.tests = append(p.tests, names...)
 		}
+		slices.Sort(p.tests)
 		if len(p.tests) > 0 {
 			all = append(all, p)
 		}
@@ -198,10 +263,8 @@ func (p *testPackage) compile(ctx context.Context, repo, tmp string) {
 }
 
 // argv are the test program's arguments. RUN and BENCH in the environment choose tests and benchmarks.
-func (p *testPackage) argv(binary string, limit time.Duration) []string {
-	names := slices.Clone(p.tests)
-	slices.Sort(names)
-	run := "^(" + strings.Join(names, "|") + ")$"
+func (j *job) argv(binary string, limit time.Duration) []string {
+	run := "^(" + strings.Join(j.tests, "|") + ")$"
 	if r := os.Getenv("RUN"); r != "" {
 		run = r
 	}
@@ -212,7 +275,7 @@ func (p *testPackage) argv(binary string, limit time.Duration) []string {
 	return a
 }
 
-func (b *bed) testInGuest(ctx context.Context, p *testPackage, programs []string, dir string) (bool, error) {
+func (b *bed) testInGuest(ctx context.Context, p *job, programs []string, dir string) (bool, error) {
 	m, err := machine.Restore(ctx, b.cache, b.parts, b.saved, b.accel, dir, false)
 	if err != nil {
 		return false, err
@@ -234,7 +297,7 @@ func (b *bed) testInGuest(ctx context.Context, p *testPackage, programs []string
 	}
 	deadline, _ := limited.Deadline()
 	code, err := m.Client.Run(limited, agent.Command{Argv: p.argv("./bed.test", time.Until(deadline)), Dir: work,
-		Env: []string{"TESTBED=1", "TESTBED_POOL=tank"}, Stdout: os.Stdout, Stderr: os.Stderr})
+		Env: []string{"TESTBED=1", "TESTBED_POOL=tank"}, Stdout: p.out, Stderr: p.out})
 	if ctx.Err() != nil {
 		return false, context.Cause(ctx)
 	}
@@ -247,12 +310,15 @@ func (b *bed) testInGuest(ctx context.Context, p *testPackage, programs []string
 }
 
 // keep saves what helps to understand a run: console, daemons' logs, core files. A guest that hangs is not asked.
-func (b *bed) keep(ctx context.Context, p *testPackage, m *machine.Machine, ask bool) error {
+func (b *bed) keep(ctx context.Context, p *job, m *machine.Machine, ask bool) error {
 	rel, err := filepath.Rel(b.repo, p.Dir)
 	if err != nil {
 		return err
 	}
 	out := filepath.Join(b.repo, ".bed", rel)
+	if p.of > 1 {
+		out = filepath.Join(out, fmt.Sprintf("part-%d", p.part+1))
+	}
 	if err := errors.Join(os.RemoveAll(out), os.MkdirAll(out, 0o755)); err != nil {
 		return err
 	}
@@ -267,7 +333,7 @@ func (b *bed) keep(ctx context.Context, p *testPackage, m *machine.Machine, ask 
 	}
 	cores, err := filepath.Glob(filepath.Join(out, "var/crash/core.*"))
 	for _, c := range cores {
-		fmt.Println("bed: core file:", c)
+		fmt.Fprintln(p.out, "bed: core file:", c)
 	}
 	return err
 }
