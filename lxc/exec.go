@@ -14,6 +14,34 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// execCPUs are where an exec begins and where it goes on. What it does not say
+// itself the container's process says for it.
+func execCPUs(spec, container *specs.Process) (initial *unix.CPUSet, final []int, err error) {
+	affinity := spec.ExecCPUAffinity
+	if affinity == nil {
+		affinity = container.ExecCPUAffinity
+	}
+	if affinity == nil {
+		return nil, nil, nil
+	}
+	if affinity.Initial != "" {
+		cpus, err := parseList(affinity.Initial, maxCPU)
+		if err != nil {
+			return nil, nil, fmt.Errorf("process.execCPUAffinity.initial: %w", err)
+		}
+		initial = &unix.CPUSet{}
+		for _, cpu := range cpus {
+			initial.Set(cpu)
+		}
+	}
+	if affinity.Final != "" {
+		if final, err = parseList(affinity.Final, maxCPU); err != nil {
+			return nil, nil, fmt.Errorf("process.execCPUAffinity.final: %w", err)
+		}
+	}
+	return initial, final, nil
+}
+
 // Exec runs one more process in the container and returns when it has been
 // executed. It is a child of this process, so its status is exact. NotFound:
 // the program is not in the container; FailedPrecondition: the container has
@@ -23,11 +51,19 @@ import (
 // other namespaces by itself: nothing of the container's file system is looked
 // at before pve-init runs, and this process's threads stay on the host.
 func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) (_ *Process, retErr error) {
-	full := *spec
-	process, err := processPlan(&full, c.spec)
+	process, err := processPlan(spec, c.spec)
 	if err != nil {
 		return nil, err
 	}
+	if err := checkHost(spec); err != nil {
+		return nil, err
+	}
+	warn(ctx, spec)
+	initial, final, err := execCPUs(spec, c.spec.Process)
+	if err != nil {
+		return nil, err
+	}
+	process.CPUs = final
 	process.Seccomp, err = compileSeccomp(c.spec)
 	if err != nil {
 		return nil, err
@@ -86,6 +122,11 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 		started <- func() error {
 			if err := unix.Setns(fd, unix.CLONE_NEWPID); err != nil {
 				return fmt.Errorf("enter the pid namespace: %w", err)
+			}
+			if initial != nil {
+				if err := unix.SchedSetaffinity(0, initial); err != nil {
+					return fmt.Errorf("process.execCPUAffinity.initial: %w: %w", err, errdefs.ErrInvalidArgument)
+				}
 			}
 			return cmd.Start()
 		}()

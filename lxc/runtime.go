@@ -182,6 +182,10 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 	if err != nil {
 		return nil, err
 	}
+	if err := errors.Join(checkHost(o.Spec.Process), checkIntelRdt(o.Spec.Linux.IntelRdt)); err != nil {
+		return nil, err
+	}
+	warn(ctx, o.Spec.Process)
 	st.Cgroup = t.cgroup
 	if t.process.Seccomp, err = compileSeccomp(o.Spec); err != nil {
 		return nil, err

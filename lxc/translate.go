@@ -227,18 +227,14 @@ func check(spec *specs.Spec) error {
 		return unsupported("linux.uidMappings")
 	case len(l.TimeOffsets) > 0:
 		return unsupported("linux.timeOffsets")
-	case l.IntelRdt != nil:
-		return unsupported("linux.intelRdt")
 	case l.MountLabel != "":
 		return unsupported("linux.mountLabel")
 	case len(l.NetDevices) > 0:
 		return unsupported("linux.netDevices")
-	case l.MemoryPolicy != nil:
-		return unsupported("linux.memoryPolicy")
 	case spec.Hooks != nil && len(spec.Hooks.CreateContainer) > 0:
 		return unsupported("hooks.createContainer")
 	}
-	return nil
+	return checkPersonality(l.Personality)
 }
 
 // Sysctls of the ipc namespace besides fs.mqueue.* (man 7 ipc_namespaces).
@@ -273,8 +269,8 @@ func processPlan(p *specs.Process, spec *specs.Spec) (*plan.Process, error) {
 	if p == nil || len(p.Args) == 0 {
 		return nil, fmt.Errorf("process.args is empty: %w", errdefs.ErrInvalidArgument)
 	}
-	if p.ExecCPUAffinity != nil {
-		return nil, unsupported("process.execCPUAffinity")
+	if err := checkProcess(p); err != nil {
+		return nil, err
 	}
 	for i, s := range p.Args {
 		if strings.Contains(s, "\x00") {
@@ -306,6 +302,10 @@ func processPlan(p *specs.Process, spec *specs.Spec) (*plan.Process, error) {
 		Scheduler:       p.Scheduler,
 		IOPriority:      p.IOPriority,
 		Personality:     spec.Linux.Personality,
+	}
+	var err error
+	if out.MemoryPolicy, err = memoryPolicy(spec.Linux.MemoryPolicy); err != nil {
+		return nil, err
 	}
 	if p.ConsoleSize != nil {
 		out.Rows, out.Columns = uint16(p.ConsoleSize.Height), uint16(p.ConsoleSize.Width)

@@ -156,6 +156,16 @@ func (p *process) prepare(s *socket) error {
 			return err
 		}
 	}
+	if err := p.setScheduling(); err != nil {
+		return err
+	}
+	// A profile that is not loaded has to fail the create. Where hooks run first
+	// that must wait: their own execve would enter it.
+	if len(p.Hooks) == 0 {
+		if err := p.setLabels(); err != nil {
+			return err
+		}
+	}
 	if err := s.ready(master, p.isInit); err != nil {
 		return failed(plan.ErrorInternal, "reporting ready", err)
 	}
@@ -215,11 +225,10 @@ func (p *process) become() error {
 	if err := p.takeTerminal(); err != nil {
 		return failed(plan.ErrorInternal, "process.terminal", err)
 	}
-	if err := p.setScheduling(); err != nil {
-		return err
-	}
-	if err := p.setLabels(); err != nil {
-		return err
+	if len(p.Hooks) > 0 {
+		if err := p.setLabels(); err != nil {
+			return err
+		}
 	}
 	if p.UnmountProc {
 		if err := unix.Unmount("/proc", unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {

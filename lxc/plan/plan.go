@@ -120,6 +120,28 @@ type Process struct {
 	Scheduler   *specs.Scheduler        `json:"scheduler,omitempty"`
 	IOPriority  *specs.LinuxIOPriority  `json:"ioPriority,omitempty"`
 	Personality *specs.LinuxPersonality `json:"personality,omitempty"`
+	// MemoryPolicy is set by set_mempolicy(2).
+	MemoryPolicy *MemoryPolicy `json:"memoryPolicy,omitempty"`
+	// CPUs are what an exec may run on; empty leaves it to the kernel.
+	CPUs []int `json:"cpus,omitempty"`
+}
+
+// MemoryPolicy are the arguments of set_mempolicy(2): the mode with its flags,
+// and the node mask in words of 64 bits.
+type MemoryPolicy struct {
+	Mode  uint32   `json:"mode"`
+	Nodes []uint64 `json:"nodes,omitempty"`
+}
+
+// Capabilities by the names of the runtime spec, in the kernel's order.
+var Capabilities = []string{
+	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",
+	"CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_ADMIN",
+	"CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE", "CAP_SYS_RAWIO", "CAP_SYS_CHROOT",
+	"CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYS_NICE", "CAP_SYS_RESOURCE",
+	"CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE", "CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL",
+	"CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG", "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND",
+	"CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
 }
 
 // Seccomp is a compiled filter: raw struct sock_filter array in host byte order
