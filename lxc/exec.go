@@ -12,6 +12,8 @@ import (
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/containerd-pve/containerd-pve/lxc/seccomp"
 )
 
 // execCPUs are where an exec begins and where it goes on. What it does not say
@@ -64,9 +66,13 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 		return nil, err
 	}
 	process.CPUs = final
-	process.Seccomp, err = compileSeccomp(c.spec)
+	process.Seccomp, err = seccomp.Compile(c.spec.Linux.Seccomp)
 	if err != nil {
 		return nil, err
+	}
+	env := []string{}
+	if process.Seccomp != nil && process.Seccomp.Notify {
+		env = []string{quietInit}
 	}
 	program, err := c.runtime.openInit()
 	if err != nil {
@@ -104,7 +110,7 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 	cmd := &exec.Cmd{
 		Path:       "/proc/self/fd/4",
 		Args:       []string{"pve-init", "exec", "3", "5"},
-		Env:        []string{},
+		Env:        env,
 		Dir:        "/",
 		ExtraFiles: []*os.File{theirs, exe, pidfd},
 		SysProcAttr: &syscall.SysProcAttr{
@@ -167,7 +173,9 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 		}
 		console = m.files[0]
 	}
-	if err := executed(ctx, ours); err != nil {
+	if err := executed(ctx, ours, func(listener *os.File) error {
+		return passListener(ctx, c.spec.Linux.Seccomp, listener, cmd.Process.Pid, c.ociState(specs.StateRunning))
+	}); err != nil {
 		if console != nil {
 			console.Close()
 		}

@@ -187,8 +187,10 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 	}
 	warn(ctx, o.Spec.Process)
 	st.Cgroup = t.cgroup
-	if t.process.Seccomp, err = compileSeccomp(o.Spec); err != nil {
-		return nil, err
+	if f := t.process.Seccomp; f != nil {
+		if err := checkListener(o.Spec.Linux.Seccomp, f.Notify); err != nil {
+			return nil, err
+		}
 	}
 
 	if err := r.claim(&st); err != nil {

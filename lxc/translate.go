@@ -79,6 +79,10 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 		return nil, err
 	}
 
+	filter, err := seccomp.Compile(spec.Linux.Seccomp)
+	if err != nil {
+		return nil, err
+	}
 	var c config
 	c.set("lxc.rootfs.path", "dir:"+o.Rootfs)
 	c.set("lxc.autodev", "0")
@@ -94,6 +98,9 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 	// failing hook keeps liblxc from starting it anew.
 	c.set("lxc.hook.post-stop", `test "$LXC_TARGET" != reboot #`)
 	c.set("lxc.init.cmd", "/proc/self/fd/4 init 3")
+	if filter != nil && filter.Notify {
+		c.set("lxc.environment", quietInit)
+	}
 
 	own := map[specs.LinuxNamespaceType]bool{}
 	present := map[specs.LinuxNamespaceType]bool{}
@@ -193,6 +200,7 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 	if t.process, err = processPlan(spec.Process, spec); err != nil {
 		return nil, err
 	}
+	t.process.Seccomp = filter
 	t.process.Domainname = spec.Domainname
 	t.process.UnmountProc = t.mounts.ProcTemporary
 	t.process.Finish = &plan.Mounts{
@@ -311,16 +319,4 @@ func processPlan(p *specs.Process, spec *specs.Spec) (*plan.Process, error) {
 		out.Rows, out.Columns = uint16(p.ConsoleSize.Height), uint16(p.ConsoleSize.Width)
 	}
 	return out, nil
-}
-
-// compileSeccomp returns nil without a profile.
-func compileSeccomp(spec *specs.Spec) (*plan.Seccomp, error) {
-	if spec.Linux.Seccomp == nil {
-		return nil, nil
-	}
-	filter, err := seccomp.Compile(spec.Linux.Seccomp)
-	if err != nil {
-		return nil, fmt.Errorf("linux.seccomp: %w", err)
-	}
-	return filter, nil
 }

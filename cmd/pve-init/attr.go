@@ -214,25 +214,6 @@ func (p *process) setLabels() error {
 	return nil
 }
 
-// loadSeccomp puts this thread under the filter.
-func loadSeccomp(s *plan.Seccomp) error {
-	if s == nil {
-		return nil
-	}
-	const size = int(unsafe.Sizeof(unix.SockFilter{}))
-	n := len(s.Filter) / size
-	if n == 0 || n*size != len(s.Filter) || n > 0xffff {
-		return fail(plan.ErrorInternal, "linux.seccomp: the filter is no list of instructions")
-	}
-	filter := make([]unix.SockFilter, n)
-	copy(unsafe.Slice((*byte)(unsafe.Pointer(&filter[0])), len(s.Filter)), s.Filter)
-	prog := unix.SockFprog{Len: uint16(n), Filter: &filter[0]}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, uintptr(s.Flags), uintptr(unsafe.Pointer(&prog))); errno != 0 {
-		return failed(plan.ErrorInvalid, "linux.seccomp", errno)
-	}
-	return nil
-}
-
 var schedPolicies = map[specs.LinuxSchedulerPolicy]uint32{
 	specs.SchedOther: 0, specs.SchedFIFO: 1, specs.SchedRR: 2, specs.SchedBatch: 3,
 	specs.SchedISO: 4, specs.SchedIdle: 5, specs.SchedDeadline: 6,

@@ -48,7 +48,7 @@ func runProcess(fd int, isInit bool) int {
 		}
 	}
 	if err == nil {
-		err = p.become()
+		err = p.become(s)
 	}
 	return report(s, err)
 }
@@ -216,7 +216,7 @@ func (p *process) checkCwd() error {
 
 // become turns this process into the planned one. Everything that needs root's
 // rights in the container comes first, what takes them away last.
-func (p *process) become() error {
+func (p *process) become(s *socket) error {
 	for i := range p.Hooks {
 		if err := runHook(&p.Hooks[i], p.HookState); err != nil {
 			return failed(plan.ErrorInvalid, "hooks.startContainer: "+p.Hooks[i].Path, err)
@@ -253,7 +253,7 @@ func (p *process) become() error {
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 			return failed(plan.ErrorInternal, "process.noNewPrivileges", err)
 		}
-	} else if err := loadSeccomp(p.Seccomp); err != nil {
+	} else if err := loadSeccomp(p.Seccomp, s); err != nil {
 		// Without no_new_privs a filter needs CAP_SYS_ADMIN.
 		return err
 	}
@@ -269,7 +269,7 @@ func (p *process) become() error {
 		}
 	}
 	if p.NoNewPrivileges {
-		if err := loadSeccomp(p.Seccomp); err != nil {
+		if err := loadSeccomp(p.Seccomp, s); err != nil {
 			return err
 		}
 	}

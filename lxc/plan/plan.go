@@ -15,6 +15,9 @@
 //	                                 SCM_RIGHTS: with a terminal the pty master, then
 //	                                 (last) a new socket for all that follows
 //	shim → init   Command{Start}     only after the client said so
+//	init → shim   Event{Listener}    only with Seccomp.Notify: the filter is loaded;
+//	                                 SCM_RIGHTS: its listener
+//	shim → init   Command{Listening} the listener has been passed on
 //	init → shim   EOF                the entrypoint runs (the socket is CLOEXEC)
 //	init → shim   Event{Error}       at any moment instead: nothing was executed
 //
@@ -149,17 +152,22 @@ var Capabilities = []string{
 type Seccomp struct {
 	Filter []byte `json:"filter"`
 	Flags  uint   `json:"flags,omitempty"`
+	// Notify says that Flags ask for a listener, which goes to the shim.
+	Notify bool `json:"notify,omitempty"`
 }
 
 // Event goes from pve-init to the shim. Exactly one field is set.
 type Event struct {
-	Ready bool   `json:"ready,omitempty"`
-	Error *Error `json:"error,omitempty"`
+	Ready    bool   `json:"ready,omitempty"`
+	Listener bool   `json:"listener,omitempty"`
+	Error    *Error `json:"error,omitempty"`
 }
 
-// Command goes from the shim to the container's init.
+// Command goes from the shim to pve-init. Exactly one field is set.
 type Command struct {
-	Start bool `json:"start"`
+	Start bool `json:"start,omitempty"`
+	// Listening answers Event.Listener: the listener is with who asked for it.
+	Listening bool `json:"listening,omitempty"`
 }
 
 // Error is a failure as pve-init reports it.
