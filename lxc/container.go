@@ -210,29 +210,15 @@ func (c *Container) Start(ctx context.Context) error {
 	if err := sync.send(ctx, plan.Command{Start: true}); err != nil {
 		return fmt.Errorf("start of container %s: %w", c.state.ID, err)
 	}
-	if err := executed(ctx, sync); err != nil {
+	if err := executed(ctx, sync, func(listener *os.File) error {
+		return passListener(ctx, c.spec.Linux.Seccomp, listener, c.pid, c.ociState(specs.StateCreated))
+	}); err != nil {
 		return err
 	}
 	if h := c.spec.Hooks; h != nil {
 		return runHooks(ctx, "poststart", h.Poststart, c.ociState(specs.StateRunning))
 	}
 	return nil
-}
-
-// executed waits for the end of file that the exec makes.
-func executed(ctx context.Context, sync *channel) error {
-	m, err := sync.receive(ctx)
-	switch {
-	case errors.Is(err, io.EOF):
-		return nil
-	case err != nil:
-		return err
-	}
-	m.close()
-	if m.Error != nil {
-		return typed(m.Error)
-	}
-	return fmt.Errorf("pve-init sent an event nobody asked for: %w", errdefs.ErrInternal)
 }
 
 // KillAll sends the signal to every process of the container.

@@ -12,7 +12,37 @@ import (
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/containerd-pve/containerd-pve/lxc/seccomp"
 )
+
+// execCPUs are where an exec begins and where it goes on. What it does not say
+// itself the container's process says for it.
+func execCPUs(spec, container *specs.Process) (initial *unix.CPUSet, final []int, err error) {
+	affinity := spec.ExecCPUAffinity
+	if affinity == nil {
+		affinity = container.ExecCPUAffinity
+	}
+	if affinity == nil {
+		return nil, nil, nil
+	}
+	if affinity.Initial != "" {
+		cpus, err := parseList(affinity.Initial, maxCPU)
+		if err != nil {
+			return nil, nil, fmt.Errorf("process.execCPUAffinity.initial: %w", err)
+		}
+		initial = &unix.CPUSet{}
+		for _, cpu := range cpus {
+			initial.Set(cpu)
+		}
+	}
+	if affinity.Final != "" {
+		if final, err = parseList(affinity.Final, maxCPU); err != nil {
+			return nil, nil, fmt.Errorf("process.execCPUAffinity.final: %w", err)
+		}
+	}
+	return initial, final, nil
+}
 
 // Exec runs one more process in the container and returns when it has been
 // executed. It is a child of this process, so its status is exact. NotFound:
@@ -23,14 +53,26 @@ import (
 // other namespaces by itself: nothing of the container's file system is looked
 // at before pve-init runs, and this process's threads stay on the host.
 func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) (_ *Process, retErr error) {
-	full := *spec
-	process, err := processPlan(&full, c.spec)
+	process, err := processPlan(spec, c.spec)
 	if err != nil {
 		return nil, err
 	}
-	process.Seccomp, err = compileSeccomp(c.spec)
+	if err := checkHost(spec); err != nil {
+		return nil, err
+	}
+	warn(ctx, spec)
+	initial, final, err := execCPUs(spec, c.spec.Process)
 	if err != nil {
 		return nil, err
+	}
+	process.CPUs = final
+	process.Seccomp, err = seccomp.Compile(c.spec.Linux.Seccomp)
+	if err != nil {
+		return nil, err
+	}
+	env := []string{}
+	if process.Seccomp != nil && process.Seccomp.Notify {
+		env = []string{quietInit}
 	}
 	program, err := c.runtime.openInit()
 	if err != nil {
@@ -68,7 +110,7 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 	cmd := &exec.Cmd{
 		Path:       "/proc/self/fd/4",
 		Args:       []string{"pve-init", "exec", "3", "5"},
-		Env:        []string{},
+		Env:        env,
 		Dir:        "/",
 		ExtraFiles: []*os.File{theirs, exe, pidfd},
 		SysProcAttr: &syscall.SysProcAttr{
@@ -86,6 +128,11 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 		started <- func() error {
 			if err := unix.Setns(fd, unix.CLONE_NEWPID); err != nil {
 				return fmt.Errorf("enter the pid namespace: %w", err)
+			}
+			if initial != nil {
+				if err := unix.SchedSetaffinity(0, initial); err != nil {
+					return fmt.Errorf("process.execCPUAffinity.initial: %w: %w", err, errdefs.ErrInvalidArgument)
+				}
 			}
 			return cmd.Start()
 		}()
@@ -126,7 +173,9 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 		}
 		console = m.files[0]
 	}
-	if err := executed(ctx, ours); err != nil {
+	if err := executed(ctx, ours, func(listener *os.File) error {
+		return passListener(ctx, c.spec.Linux.Seccomp, listener, cmd.Process.Pid, c.ociState(specs.StateRunning))
+	}); err != nil {
 		if console != nil {
 			console.Close()
 		}

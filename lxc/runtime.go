@@ -182,9 +182,15 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 	if err != nil {
 		return nil, err
 	}
-	st.Cgroup = t.cgroup
-	if t.process.Seccomp, err = compileSeccomp(o.Spec); err != nil {
+	if err := errors.Join(checkHost(o.Spec.Process), checkIntelRdt(o.Spec.Linux.IntelRdt)); err != nil {
 		return nil, err
+	}
+	warn(ctx, o.Spec.Process)
+	st.Cgroup = t.cgroup
+	if f := t.process.Seccomp; f != nil {
+		if err := checkListener(o.Spec.Linux.Seccomp, f.Notify); err != nil {
+			return nil, err
+		}
 	}
 
 	if err := r.claim(&st); err != nil {

@@ -79,6 +79,10 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 		return nil, err
 	}
 
+	filter, err := seccomp.Compile(spec.Linux.Seccomp)
+	if err != nil {
+		return nil, err
+	}
 	var c config
 	c.set("lxc.rootfs.path", "dir:"+o.Rootfs)
 	c.set("lxc.autodev", "0")
@@ -94,6 +98,9 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 	// failing hook keeps liblxc from starting it anew.
 	c.set("lxc.hook.post-stop", `test "$LXC_TARGET" != reboot #`)
 	c.set("lxc.init.cmd", "/proc/self/fd/4 init 3")
+	if filter != nil && filter.Notify {
+		c.set("lxc.environment", quietInit)
+	}
 
 	own := map[specs.LinuxNamespaceType]bool{}
 	present := map[specs.LinuxNamespaceType]bool{}
@@ -193,6 +200,7 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 	if t.process, err = processPlan(spec.Process, spec); err != nil {
 		return nil, err
 	}
+	t.process.Seccomp = filter
 	t.process.Domainname = spec.Domainname
 	t.process.UnmountProc = t.mounts.ProcTemporary
 	t.process.Finish = &plan.Mounts{
@@ -227,18 +235,14 @@ func check(spec *specs.Spec) error {
 		return unsupported("linux.uidMappings")
 	case len(l.TimeOffsets) > 0:
 		return unsupported("linux.timeOffsets")
-	case l.IntelRdt != nil:
-		return unsupported("linux.intelRdt")
 	case l.MountLabel != "":
 		return unsupported("linux.mountLabel")
 	case len(l.NetDevices) > 0:
 		return unsupported("linux.netDevices")
-	case l.MemoryPolicy != nil:
-		return unsupported("linux.memoryPolicy")
 	case spec.Hooks != nil && len(spec.Hooks.CreateContainer) > 0:
 		return unsupported("hooks.createContainer")
 	}
-	return nil
+	return checkPersonality(l.Personality)
 }
 
 // Sysctls of the ipc namespace besides fs.mqueue.* (man 7 ipc_namespaces).
@@ -273,8 +277,8 @@ func processPlan(p *specs.Process, spec *specs.Spec) (*plan.Process, error) {
 	if p == nil || len(p.Args) == 0 {
 		return nil, fmt.Errorf("process.args is empty: %w", errdefs.ErrInvalidArgument)
 	}
-	if p.ExecCPUAffinity != nil {
-		return nil, unsupported("process.execCPUAffinity")
+	if err := checkProcess(p); err != nil {
+		return nil, err
 	}
 	for i, s := range p.Args {
 		if strings.Contains(s, "\x00") {
@@ -307,20 +311,12 @@ func processPlan(p *specs.Process, spec *specs.Spec) (*plan.Process, error) {
 		IOPriority:      p.IOPriority,
 		Personality:     spec.Linux.Personality,
 	}
+	var err error
+	if out.MemoryPolicy, err = memoryPolicy(spec.Linux.MemoryPolicy); err != nil {
+		return nil, err
+	}
 	if p.ConsoleSize != nil {
 		out.Rows, out.Columns = uint16(p.ConsoleSize.Height), uint16(p.ConsoleSize.Width)
 	}
 	return out, nil
-}
-
-// compileSeccomp returns nil without a profile.
-func compileSeccomp(spec *specs.Spec) (*plan.Seccomp, error) {
-	if spec.Linux.Seccomp == nil {
-		return nil, nil
-	}
-	filter, err := seccomp.Compile(spec.Linux.Seccomp)
-	if err != nil {
-		return nil, fmt.Errorf("linux.seccomp: %w", err)
-	}
-	return filter, nil
 }

@@ -12,23 +12,12 @@ import (
 
 func utoa(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
 
-// capabilities by the names of the runtime spec, in the kernel's order.
-var capabilities = []string{
-	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",
-	"CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_ADMIN",
-	"CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE", "CAP_SYS_RAWIO", "CAP_SYS_CHROOT",
-	"CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYS_NICE", "CAP_SYS_RESOURCE",
-	"CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE", "CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL",
-	"CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG", "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND",
-	"CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
-}
-
 // capSet is a set of capabilities as a mask. Names nobody knows are left out:
 // the runtime spec says that what cannot be granted is no error.
 func capSet(names []string) uint64 {
 	var set uint64
 	for _, name := range names {
-		for bit, known := range capabilities {
+		for bit, known := range plan.Capabilities {
 			if name == known {
 				set |= 1 << bit
 			}
@@ -112,12 +101,12 @@ func setCaps(caps *specs.LinuxCapabilities) error {
 	}
 	// Ambient capabilities are permitted and inheritable ones.
 	ambient := capSet(caps.Ambient) & want & inheritable
-	for bit := range capabilities {
+	for bit := range plan.Capabilities {
 		if ambient&(1<<bit) == 0 {
 			continue
 		}
 		if err := unix.Prctl(unix.PR_CAP_AMBIENT, unix.PR_CAP_AMBIENT_RAISE, uintptr(bit), 0, 0); err != nil {
-			return failed(plan.ErrorInvalid, "process.capabilities.ambient: "+capabilities[bit], err)
+			return failed(plan.ErrorInvalid, "process.capabilities.ambient: "+plan.Capabilities[bit], err)
 		}
 	}
 	return nil
@@ -225,25 +214,6 @@ func (p *process) setLabels() error {
 	return nil
 }
 
-// loadSeccomp puts this thread under the filter.
-func loadSeccomp(s *plan.Seccomp) error {
-	if s == nil {
-		return nil
-	}
-	const size = int(unsafe.Sizeof(unix.SockFilter{}))
-	n := len(s.Filter) / size
-	if n == 0 || n*size != len(s.Filter) || n > 0xffff {
-		return fail(plan.ErrorInternal, "linux.seccomp: the filter is no list of instructions")
-	}
-	filter := make([]unix.SockFilter, n)
-	copy(unsafe.Slice((*byte)(unsafe.Pointer(&filter[0])), len(s.Filter)), s.Filter)
-	prog := unix.SockFprog{Len: uint16(n), Filter: &filter[0]}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, uintptr(s.Flags), uintptr(unsafe.Pointer(&prog))); errno != 0 {
-		return failed(plan.ErrorInvalid, "linux.seccomp", errno)
-	}
-	return nil
-}
-
 var schedPolicies = map[specs.LinuxSchedulerPolicy]uint32{
 	specs.SchedOther: 0, specs.SchedFIFO: 1, specs.SchedRR: 2, specs.SchedBatch: 3,
 	specs.SchedISO: 4, specs.SchedIdle: 5, specs.SchedDeadline: 6,
@@ -261,8 +231,18 @@ var ioClasses = map[specs.IOPriorityClass]int{
 
 var personalities = map[specs.LinuxPersonalityDomain]uintptr{specs.PerLinux: 0, specs.PerLinux32: 8}
 
-// setScheduling is the scheduler, the I/O priority and the personality.
+// setScheduling is the CPUs, the scheduler, the I/O priority, the personality and
+// the memory policy.
 func (p *process) setScheduling() error {
+	if len(p.CPUs) > 0 {
+		var set unix.CPUSet
+		for _, cpu := range p.CPUs {
+			set.Set(cpu)
+		}
+		if err := unix.SchedSetaffinity(0, &set); err != nil {
+			return failed(plan.ErrorInvalid, "process.execCPUAffinity.final", err)
+		}
+	}
 	if s := p.Scheduler; s != nil {
 		policy, ok := schedPolicies[s.Policy]
 		if !ok {
@@ -300,6 +280,16 @@ func (p *process) setScheduling() error {
 		}
 		if _, _, errno := unix.RawSyscall(unix.SYS_PERSONALITY, domain, 0, 0); errno != 0 {
 			return failed(plan.ErrorInvalid, "linux.personality", errno)
+		}
+	}
+	if m := p.MemoryPolicy; m != nil {
+		var nodes *uint64
+		bits := 0
+		if len(m.Nodes) > 0 {
+			nodes, bits = &m.Nodes[0], 64*len(m.Nodes)+1 // the kernel leaves the last one out
+		}
+		if _, _, errno := unix.RawSyscall(unix.SYS_SET_MEMPOLICY, uintptr(m.Mode), uintptr(unsafe.Pointer(nodes)), uintptr(bits)); errno != 0 {
+			return failed(plan.ErrorInvalid, "linux.memoryPolicy", errno)
 		}
 	}
 	return nil

@@ -249,7 +249,7 @@ func (b *box) run(p plan.Process) string {
 }
 
 func shell(script string) plan.Process {
-	all := capabilities
+	all := plan.Capabilities
 	return plan.Process{
 		Args: []string{"sh", "-c", script}, Env: []string{"PATH=/bin"}, Cwd: "/",
 		Capabilities: &specs.LinuxCapabilities{Bounding: all, Effective: all, Permitted: all},

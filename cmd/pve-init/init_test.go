@@ -64,8 +64,8 @@ func TestSysctlPath(t *testing.T) {
 }
 
 func TestCapabilities(t *testing.T) {
-	if len(capabilities) != unix.CAP_LAST_CAP+1 {
-		t.Errorf("%d names, the kernel has %d", len(capabilities), unix.CAP_LAST_CAP+1)
+	if len(plan.Capabilities) != unix.CAP_LAST_CAP+1 {
+		t.Errorf("%d names, the kernel has %d", len(plan.Capabilities), unix.CAP_LAST_CAP+1)
 	}
 	for name, bit := range map[string]int{"CAP_CHOWN": unix.CAP_CHOWN, "CAP_SYS_ADMIN": unix.CAP_SYS_ADMIN,
 		"CAP_MKNOD": unix.CAP_MKNOD, "CAP_SYSLOG": unix.CAP_SYSLOG, "CAP_CHECKPOINT_RESTORE": unix.CAP_CHECKPOINT_RESTORE} {

@@ -48,7 +48,7 @@ func runProcess(fd int, isInit bool) int {
 		}
 	}
 	if err == nil {
-		err = p.become()
+		err = p.become(s)
 	}
 	return report(s, err)
 }
@@ -156,6 +156,16 @@ func (p *process) prepare(s *socket) error {
 			return err
 		}
 	}
+	if err := p.setScheduling(); err != nil {
+		return err
+	}
+	// A profile that is not loaded has to fail the create. Where hooks run first
+	// that must wait: their own execve would enter it.
+	if len(p.Hooks) == 0 {
+		if err := p.setLabels(); err != nil {
+			return err
+		}
+	}
 	if err := s.ready(master, p.isInit); err != nil {
 		return failed(plan.ErrorInternal, "reporting ready", err)
 	}
@@ -206,7 +216,7 @@ func (p *process) checkCwd() error {
 
 // become turns this process into the planned one. Everything that needs root's
 // rights in the container comes first, what takes them away last.
-func (p *process) become() error {
+func (p *process) become(s *socket) error {
 	for i := range p.Hooks {
 		if err := runHook(&p.Hooks[i], p.HookState); err != nil {
 			return failed(plan.ErrorInvalid, "hooks.startContainer: "+p.Hooks[i].Path, err)
@@ -215,11 +225,10 @@ func (p *process) become() error {
 	if err := p.takeTerminal(); err != nil {
 		return failed(plan.ErrorInternal, "process.terminal", err)
 	}
-	if err := p.setScheduling(); err != nil {
-		return err
-	}
-	if err := p.setLabels(); err != nil {
-		return err
+	if len(p.Hooks) > 0 {
+		if err := p.setLabels(); err != nil {
+			return err
+		}
 	}
 	if p.UnmountProc {
 		if err := unix.Unmount("/proc", unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {
@@ -244,7 +253,7 @@ func (p *process) become() error {
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 			return failed(plan.ErrorInternal, "process.noNewPrivileges", err)
 		}
-	} else if err := loadSeccomp(p.Seccomp); err != nil {
+	} else if err := loadSeccomp(p.Seccomp, s); err != nil {
 		// Without no_new_privs a filter needs CAP_SYS_ADMIN.
 		return err
 	}
@@ -260,7 +269,7 @@ func (p *process) become() error {
 		}
 	}
 	if p.NoNewPrivileges {
-		if err := loadSeccomp(p.Seccomp); err != nil {
+		if err := loadSeccomp(p.Seccomp, s); err != nil {
 			return err
 		}
 	}

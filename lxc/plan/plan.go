@@ -15,6 +15,9 @@
 //	                                 SCM_RIGHTS: with a terminal the pty master, then
 //	                                 (last) a new socket for all that follows
 //	shim → init   Command{Start}     only after the client said so
+//	init → shim   Event{Listener}    only with Seccomp.Notify: the filter is loaded;
+//	                                 SCM_RIGHTS: its listener
+//	shim → init   Command{Listening} the listener has been passed on
 //	init → shim   EOF                the entrypoint runs (the socket is CLOEXEC)
 //	init → shim   Event{Error}       at any moment instead: nothing was executed
 //
@@ -120,6 +123,28 @@ type Process struct {
 	Scheduler   *specs.Scheduler        `json:"scheduler,omitempty"`
 	IOPriority  *specs.LinuxIOPriority  `json:"ioPriority,omitempty"`
 	Personality *specs.LinuxPersonality `json:"personality,omitempty"`
+	// MemoryPolicy is set by set_mempolicy(2).
+	MemoryPolicy *MemoryPolicy `json:"memoryPolicy,omitempty"`
+	// CPUs are what an exec may run on; empty leaves it to the kernel.
+	CPUs []int `json:"cpus,omitempty"`
+}
+
+// MemoryPolicy are the arguments of set_mempolicy(2): the mode with its flags,
+// and the node mask in words of 64 bits.
+type MemoryPolicy struct {
+	Mode  uint32   `json:"mode"`
+	Nodes []uint64 `json:"nodes,omitempty"`
+}
+
+// Capabilities by the names of the runtime spec, in the kernel's order.
+var Capabilities = []string{
+	"CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID",
+	"CAP_SETUID", "CAP_SETPCAP", "CAP_LINUX_IMMUTABLE", "CAP_NET_BIND_SERVICE", "CAP_NET_BROADCAST", "CAP_NET_ADMIN",
+	"CAP_NET_RAW", "CAP_IPC_LOCK", "CAP_IPC_OWNER", "CAP_SYS_MODULE", "CAP_SYS_RAWIO", "CAP_SYS_CHROOT",
+	"CAP_SYS_PTRACE", "CAP_SYS_PACCT", "CAP_SYS_ADMIN", "CAP_SYS_BOOT", "CAP_SYS_NICE", "CAP_SYS_RESOURCE",
+	"CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE", "CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL",
+	"CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG", "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND",
+	"CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
 }
 
 // Seccomp is a compiled filter: raw struct sock_filter array in host byte order
@@ -127,17 +152,22 @@ type Process struct {
 type Seccomp struct {
 	Filter []byte `json:"filter"`
 	Flags  uint   `json:"flags,omitempty"`
+	// Notify says that Flags ask for a listener, which goes to the shim.
+	Notify bool `json:"notify,omitempty"`
 }
 
 // Event goes from pve-init to the shim. Exactly one field is set.
 type Event struct {
-	Ready bool   `json:"ready,omitempty"`
-	Error *Error `json:"error,omitempty"`
+	Ready    bool   `json:"ready,omitempty"`
+	Listener bool   `json:"listener,omitempty"`
+	Error    *Error `json:"error,omitempty"`
 }
 
-// Command goes from the shim to the container's init.
+// Command goes from the shim to pve-init. Exactly one field is set.
 type Command struct {
-	Start bool `json:"start"`
+	Start bool `json:"start,omitempty"`
+	// Listening answers Event.Listener: the listener is with who asked for it.
+	Listening bool `json:"listening,omitempty"`
 }
 
 // Error is a failure as pve-init reports it.

@@ -4,9 +4,13 @@
 // It owns the meaning of linux.seccomp: actions, argument comparisons,
 // architectures, flags. It is pure: it loads nothing and never asks the kernel.
 //
-// Rules of one syscall are tried in the order of the profile and the first that
-// matches decides; all arguments of one rule have to match. Syscalls the tables
-// do not know are left out, as libseccomp does.
+// Where the runtime spec leaves the meaning of several rules for one syscall
+// open, it is runc's with libseccomp, since profiles are written against that:
+// a rule with the default action changes nothing, of the others one without
+// arguments decides alone, else they are tried in the order of the profile and
+// the first that matches decides. All arguments of one rule have to match,
+// unless two of them compare the same argument: then one match is enough.
+// Syscalls the tables do not know are left out.
 package seccomp
 
 import (
@@ -37,9 +41,11 @@ const (
 	x32Bit = 0x40000000
 	// maxInstructions is the kernel's BPF_MAXINSNS.
 	maxInstructions = 4096
-	// filterFlagSpecAllow and its like are seccomp(2)'s.
-	filterFlagLog       = 2
-	filterFlagSpecAllow = 4
+	// filterFlagLog and its like are seccomp(2)'s.
+	filterFlagLog          = 2
+	filterFlagSpecAllow    = 4
+	filterFlagNewListener  = 8
+	filterFlagWaitKillable = 32
 )
 
 // abi is one way to call the kernel.
@@ -71,11 +77,18 @@ func Compile(profile *specs.LinuxSeccomp) (*plan.Seccomp, error) {
 	if err != nil {
 		return nil, fmt.Errorf("linux.seccomp: %w", err)
 	}
+	notify := notifies(profile)
+	switch {
+	case notify && profile.ListenerPath == "":
+		return nil, fmt.Errorf("linux.seccomp.listenerPath is empty, but %s needs somebody to notify: %w", specs.ActNotify, errdefs.ErrInvalidArgument)
+	case profile.ListenerMetadata != "" && profile.ListenerPath == "":
+		return nil, fmt.Errorf("linux.seccomp.listenerMetadata without a listenerPath: %w", errdefs.ErrInvalidArgument)
+	}
 	raw, err := bpf.Assemble(program)
 	if err != nil {
 		return nil, fmt.Errorf("linux.seccomp: assembling the filter: %w", err)
 	}
-	flags, err := filterFlags(profile.Flags)
+	flags, err := filterFlags(profile.Flags, notify)
 	if err != nil {
 		return nil, fmt.Errorf("linux.seccomp.flags: %w", err)
 	}
@@ -85,14 +98,23 @@ func Compile(profile *specs.LinuxSeccomp) (*plan.Seccomp, error) {
 		out = append(out, r.Jt, r.Jf)
 		out = binary.NativeEndian.AppendUint32(out, r.K)
 	}
-	return &plan.Seccomp{Filter: out, Flags: flags}, nil
+	return &plan.Seccomp{Filter: out, Flags: flags, Notify: notify}, nil
 }
 
-func filterFlags(flags []specs.LinuxSeccompFlag) (uint, error) {
-	if flags == nil {
-		return filterFlagSpecAllow, nil // runc's default
-	}
+// notifies says whether some syscall is left to the listener to decide.
+func notifies(profile *specs.LinuxSeccomp) bool {
+	return profile.DefaultAction == specs.ActNotify ||
+		slices.ContainsFunc(profile.Syscalls, func(s specs.LinuxSyscall) bool { return s.Action == specs.ActNotify })
+}
+
+func filterFlags(flags []specs.LinuxSeccompFlag, notify bool) (uint, error) {
 	var out uint
+	if notify {
+		out = filterFlagNewListener
+	}
+	if flags == nil {
+		return out | filterFlagSpecAllow, nil // runc's default
+	}
 	for _, f := range flags {
 		switch f {
 		case "SECCOMP_FILTER_FLAG_TSYNC":
@@ -103,7 +125,10 @@ func filterFlags(flags []specs.LinuxSeccompFlag) (uint, error) {
 		case specs.LinuxSeccompFlagSpecAllow:
 			out |= filterFlagSpecAllow
 		case specs.LinuxSeccompFlagWaitKillableRecv:
-			return 0, fmt.Errorf("%s needs the action SCMP_ACT_NOTIFY: %w", f, errdefs.ErrNotImplemented)
+			if !notify {
+				return 0, fmt.Errorf("%s needs the action %s: %w", f, specs.ActNotify, errdefs.ErrInvalidArgument)
+			}
+			out |= filterFlagWaitKillable
 		default:
 			return 0, fmt.Errorf("unknown flag %q: %w", f, errdefs.ErrInvalidArgument)
 		}
@@ -139,7 +164,7 @@ func returnValue(action specs.LinuxSeccompAction, errnoRet *uint) (uint32, error
 	case specs.ActKillProcess:
 		return unix.SECCOMP_RET_KILL_PROCESS, nil
 	case specs.ActNotify:
-		return 0, fmt.Errorf("action %s: %w", action, errdefs.ErrNotImplemented)
+		return unix.SECCOMP_RET_USER_NOTIF, nil
 	}
 	return 0, fmt.Errorf("unknown action %q: %w", action, errdefs.ErrInvalidArgument)
 }
@@ -165,7 +190,7 @@ func check(profile *specs.LinuxSeccomp) (*compiled, error) {
 	}
 	c := &compiled{fallback: fallback, unknown: fallback, rules: map[string][]rule{}}
 	switch profile.DefaultAction {
-	case specs.ActErrno, specs.ActKill, specs.ActKillThread, specs.ActKillProcess:
+	case specs.ActErrno, specs.ActKill, specs.ActKillThread, specs.ActKillProcess, specs.ActTrap:
 		// As runc: a C library tries a new syscall and falls back on ENOSYS only.
 		c.unknown = unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS)
 	}
@@ -189,7 +214,41 @@ func check(profile *specs.LinuxSeccomp) (*compiled, error) {
 			c.rules[name] = append(c.rules[name], rule{ret, s.Args})
 		}
 	}
+	for name, rules := range c.rules {
+		c.rules[name] = effective(rules, fallback)
+	}
 	return c, nil
+}
+
+// effective are the rules of a syscall that decide, as the package's comment says.
+func effective(rules []rule, fallback uint32) []rule {
+	var out []rule
+	for _, r := range rules {
+		switch {
+		case r.ret == fallback:
+		case len(r.args) == 0:
+			return []rule{r}
+		case repeats(r.args):
+			for _, a := range r.args {
+				out = append(out, rule{r.ret, []specs.LinuxSeccompArg{a}})
+			}
+		default:
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// repeats says whether two of the comparisons are about the same argument.
+func repeats(args []specs.LinuxSeccompArg) bool {
+	var seen [6]bool
+	for _, a := range args {
+		if seen[a.Index] {
+			return true
+		}
+		seen[a.Index] = true
+	}
+	return false
 }
 
 // assemble makes the whole program: one section for each audit architecture.

@@ -28,7 +28,7 @@ const (
 	craneVersion        = "v0.22.1"
 
 	guestPackages = "zfsutils-linux,lxc,lxcfs,uidmap,iproute2,iputils-ping,procps,kmod,udev,ca-certificates,runc,crun," +
-		"busybox-static,iptables,nftables,e2fsprogs,strace,apparmor,fuse3,socat,curl,jq,bash,util-linux,psmisc,time"
+		"busybox-static,iptables,nftables,e2fsprogs,strace,apparmor,fuse3,socat,curl,jq,bash,util-linux,psmisc,time,systemd-sysv,dbus"
 )
 
 // Bed is the set of stages a guest is booted from.
@@ -90,7 +90,7 @@ func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
 			return err
 		}
 		b, err := guest.Files.ReadFile(p)
-		disk.Params["GUEST_"+strings.ReplaceAll(p, "-", "_")] = string(b)
+		disk.Params["GUEST_"+strings.NewReplacer("-", "_", ".", "_").Replace(p)] = string(b)
 		return err
 	})
 	if err != nil {

@@ -7,5 +7,5 @@ import "embed"
 
 // Files are the guest's scripts by name.
 //
-//go:embed vminit initramfs-init stack bed-prepare bed-registry
+//go:embed vminit initramfs-init stack bed-prepare bed-registry bed-systemd bed.target bed-setup.service vmagent.service
 var Files embed.FS

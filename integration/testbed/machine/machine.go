@@ -28,6 +28,9 @@ const (
 	processors = "2"
 )
 
+// Systemd is the guest whose first process is systemd. Its root image is the same.
+const Systemd = "systemd"
+
 // Drive is one virtio disk.
 type Drive struct {
 	File, Format string
@@ -40,6 +43,7 @@ type Options struct {
 	Tools   string // tools stage: QEMU
 	Disk    string // disk stage: kernel and initramfs
 	Accel   string // kvm or tcg
+	Init    string // what the guest boots: "" (busybox) or Systemd
 	Drives  []Drive
 	RAM     string // file that is the guest's memory; empty: anonymous
 	KeepRAM bool   // write the guest's memory to RAM
@@ -133,7 +137,7 @@ func (m *Machine) args(port int) []string {
 		"-display", "none", "-nodefaults", "-no-reboot",
 		"-serial", "file:" + serialName, "-qmp", "unix:" + qmpName + ",server=on,wait=off",
 		"-kernel", filepath.Join(o.Disk, "vmlinux"), "-initrd", filepath.Join(o.Disk, "initrd.cpio"),
-		"-append", "console=ttyS0 panic=-1 quiet mitigations=off init_on_alloc=0 net.ifnames=0",
+		"-append", kernelLine(o.Init),
 		"-netdev", fmt.Sprintf("user,id=n0,restrict=on,hostfwd=tcp:127.0.0.1:%d-:7000", port),
 		"-device", "virtio-net-pci,netdev=n0,romfile=",
 	}
@@ -155,6 +159,14 @@ func (m *Machine) args(port int) []string {
 		a = append(a, "-incoming", "defer")
 	}
 	return a
+}
+
+func kernelLine(init string) string {
+	line := "console=ttyS0 panic=-1 quiet mitigations=off init_on_alloc=0 net.ifnames=0"
+	if init == Systemd {
+		line += " bed.init=systemd systemd.unit=bed.target systemd.show_status=no"
+	}
+	return line
 }
 
 func onOff(b bool) string {
@@ -259,9 +271,9 @@ func Accel(ctx context.Context, c *build.Cache, bed *build.Bed) (string, error) 
 	return accel, os.WriteFile(name, []byte(accel), 0o644)
 }
 
-// Saved is the stage that holds a booted and prepared guest.
-func Saved(c *build.Cache, bed *build.Bed, accel string) (*build.Stage, error) {
-	params := map[string]string{"ACCEL": accel, "MEMORY": memory, "PROCESSORS": processors, "FORM": "1"}
+// Saved is the stage that holds a booted and prepared guest; init is as in Options.
+func Saved(c *build.Cache, bed *build.Bed, accel, init string) (*build.Stage, error) {
+	params := map[string]string{"ACCEL": accel, "MEMORY": memory, "PROCESSORS": processors, "FORM": "1", "INIT": init}
 	if accel == "kvm" { // the guest has seen this host's processor
 		b, err := os.ReadFile("/proc/cpuinfo")
 		if err != nil {
@@ -273,11 +285,11 @@ func Saved(c *build.Cache, bed *build.Bed, accel string) (*build.Stage, error) {
 		params["CPU"] = string(cpu) + string(flags)
 	}
 	s := &build.Stage{Name: "saved", Params: params, Deps: []*build.Stage{bed.Tools, bed.Disk}}
-	s.Go = func(ctx context.Context, out string) error { return save(ctx, c, bed, accel, out) }
+	s.Go = func(ctx context.Context, out string) error { return save(ctx, c, bed, accel, init, out) }
 	return s, nil
 }
 
-func save(ctx context.Context, c *build.Cache, bed *build.Bed, accel, out string) error {
+func save(ctx context.Context, c *build.Cache, bed *build.Bed, accel, init, out string) error {
 	tools, disk := c.Path(bed.Tools), c.Path(bed.Disk)
 	root, data := filepath.Join(out, "root.qcow2"), filepath.Join(out, "data.qcow2")
 	for _, args := range [][]string{
@@ -289,7 +301,7 @@ func save(ctx context.Context, c *build.Cache, bed *build.Bed, accel, out string
 		}
 	}
 	run := filepath.Join(out, "run")
-	m, err := Start(ctx, Options{Dir: run, Tools: tools, Disk: disk, Accel: accel,
+	m, err := Start(ctx, Options{Dir: run, Tools: tools, Disk: disk, Accel: accel, Init: init,
 		Drives: []Drive{{root, "qcow2", true}, {data, "qcow2", true}},
 		RAM:    filepath.Join(out, "ram"), KeepRAM: true})
 	if err != nil {

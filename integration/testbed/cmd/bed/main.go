@@ -25,7 +25,7 @@ const usage = `usage: bed COMMAND    (in the checkout's root)
   down                   end that guest
   test [PACKAGE...]      run the packages' bed tests, each in a guest of its own (TESTBED=host: on this host)
 Environment: CONTAINERD_PVE_CACHE (where the cache is), BED_ACCEL (kvm or tcg, instead of trying), BED_VM (name of
-another guest for run, shell and down), BED_TIMEOUT (limit for run and for each package of test, as 15m),
+another guest for run, shell and down), BED_INIT (systemd: for run, shell and down the guest that boots it), BED_TIMEOUT (limit for run and for each package of test, as 15m),
 BED_STACK=no (run: do not start the daemons), BED_PARTIAL=1 (go on without commands that do not compile),
 BED_MIRROR (another archive of Debian packages)
 `
@@ -80,6 +80,11 @@ func command(ctx context.Context, args []string) error {
 		if err := b.setup(ctx); err != nil {
 			return err
 		}
+		for _, init := range []string{"", machine.Systemd} {
+			if _, err := b.saved(ctx, init); err != nil {
+				return err
+			}
+		}
 		fmt.Fprintf(os.Stderr, "testbed: ready in %s\n", dir)
 		return nil
 	case "run":
@@ -99,7 +104,6 @@ type bed struct {
 	repo  string
 	cache *build.Cache
 	parts *build.Bed
-	saved *build.Stage
 	accel string
 }
 
@@ -125,10 +129,25 @@ func (b *bed) setup(ctx context.Context) error {
 	if b.accel, err = machine.Accel(ctx, b.cache, parts); err != nil {
 		return err
 	}
-	if b.saved, err = machine.Saved(b.cache, parts, b.accel); err != nil {
-		return err
+	return nil
+}
+
+// saved is the guest with the init, booted and prepared.
+func (b *bed) saved(ctx context.Context, init string) (*build.Stage, error) {
+	s, err := machine.Saved(b.cache, b.parts, b.accel, init)
+	if err != nil {
+		return nil, err
 	}
-	return b.cache.Build(ctx, b.saved)
+	return s, b.cache.Build(ctx, s)
+}
+
+// bedInit is the init that BED_INIT names.
+func bedInit() (string, error) {
+	init := os.Getenv("BED_INIT")
+	if init != "" && init != machine.Systemd {
+		return "", fmt.Errorf("BED_INIT=%s: there is %s, and busybox without it", init, machine.Systemd)
+	}
+	return init, nil
 }
 
 // quiet sends what is not the command's own output to a log file, unless a person looks on.

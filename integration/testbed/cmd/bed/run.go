@@ -37,7 +37,7 @@ type guestInfo struct {
 }
 
 func (b *bed) runDir() string {
-	sum := sha256.Sum256([]byte(b.repo + "\x00" + os.Getenv("BED_VM")))
+	sum := sha256.Sum256([]byte(b.repo + "\x00" + os.Getenv("BED_VM") + "\x00" + os.Getenv("BED_INIT")))
 	return filepath.Join(b.cache.Dir, "run", hex.EncodeToString(sum[:6]))
 }
 
@@ -81,7 +81,15 @@ func (b *bed) guest(ctx context.Context) (*machine.Machine, error) {
 		return nil, err
 	}
 	defer log.Close()
+	init, err := bedInit()
+	if err != nil {
+		return nil, err
+	}
 	if err := b.setup(ctx); err != nil {
+		return nil, err
+	}
+	saved, err := b.saved(ctx, init)
+	if err != nil {
 		return nil, err
 	}
 	programs, err := b.programs(ctx)
@@ -98,18 +106,18 @@ func (b *bed) guest(ctx context.Context) (*machine.Machine, error) {
 	}
 	defer unlock.Close()
 	m, info, ok := b.running()
-	if ok && info.Saved != b.saved.Key() { // the bed itself has changed
+	if ok && info.Saved != saved.Key() { // the bed itself has changed
 		if err := m.Kill(); err != nil {
 			return nil, err
 		}
 		ok = false
 	}
 	if !ok {
-		m, err = machine.Restore(ctx, b.cache, b.parts, b.saved, b.accel, b.runDir(), true)
+		m, err = machine.Restore(ctx, b.cache, b.parts, saved, b.accel, b.runDir(), true)
 		if err != nil {
 			return nil, err
 		}
-		info = guestInfo{PID: m.PID, Addr: m.Client.Addr, Saved: b.saved.Key()}
+		info = guestInfo{PID: m.PID, Addr: m.Client.Addr, Saved: saved.Key()}
 	}
 	stack := os.Getenv("BED_STACK") != "no"
 	limited, cancel := context.WithTimeout(ctx, preparing)

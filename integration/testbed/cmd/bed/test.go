@@ -207,6 +207,15 @@ func (b *bed) bedPackages(ctx context.Context, patterns []string) ([]*testPackag
 	}
 }
 
+// init is what the package's guest has to boot: a file bed.init in its directory says it.
+func (p *testPackage) init() string {
+	b, err := os.ReadFile(filepath.Join(p.Dir, "bed.init"))
+	if err != nil {
+		return "" // busybox, the faster one
+	}
+	return strings.TrimSpace(string(b))
+}
+
 // bedTests are the tests, examples and fuzz targets of a file that only the tag bed brings in.
 func bedTests(file string) ([]string, error) {
 	f, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.ParseComments|parser.SkipObjectResolution)
@@ -276,7 +285,11 @@ func (j *job) argv(binary string, limit time.Duration) []string {
 }
 
 func (b *bed) testInGuest(ctx context.Context, p *job, programs []string, dir string) (bool, error) {
-	m, err := machine.Restore(ctx, b.cache, b.parts, b.saved, b.accel, dir, false)
+	saved, err := b.saved(ctx, p.init())
+	if err != nil {
+		return false, err
+	}
+	m, err := machine.Restore(ctx, b.cache, b.parts, saved, b.accel, dir, false)
 	if err != nil {
 		return false, err
 	}
