@@ -9,14 +9,15 @@ packages ?= ./...
 race := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
 
 .NOTPARALLEL:
-.PHONY: help build test test-unit test-bed demo bench testbed vm-run vm-shell vm-down lint clean
-.SILENT: help vm-run vm-shell vm-down testbed demo bench
+.PHONY: help build test test-unit test-bed fuzz demo bench testbed vm-run vm-shell vm-down lint clean
+.SILENT: help vm-run vm-shell vm-down testbed fuzz demo bench
 
 help:
 	echo 'make build       the programs, in ./bin'
 	echo 'make test        all tests: unit tests here, the rest in the test bed (a VM)'
 	echo 'make test-unit   unit tests only'
 	echo 'make test-bed    test bed only; packages=./shim chooses, TESTBED=host uses this host instead of a VM'
+	echo 'make fuzz        every fuzz target for a while each; time=30s packages=./lxc chooses'
 	echo 'make demo        pull an image and run it with our runtime, in the test bed'
 	echo 'make bench       time ctr run against runc, in the test bed; n=20 runs of each'
 	echo 'make testbed     build the test bed (cached outside this directory)'
@@ -37,6 +38,15 @@ test-unit:
 
 test-bed:
 	$(bed) test $(packages)
+
+# Go fuzzes one target a call. Inputs that fail are kept in the package's testdata/fuzz.
+fuzz:
+	go list -f '{{.Dir}} {{join .TestGoFiles " "}}' $(packages) | while read -r dir files; do \
+		for target in $$(cd "$$dir" && grep -ho '^func Fuzz[A-Za-z0-9_]*' $$files /dev/null | cut -d' ' -f2); do \
+			echo "== $${dir#$(CURDIR)/} $$target"; \
+			(cd "$$dir" && go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(or $(time),30s) .) || exit 1; \
+		done; \
+	done
 
 testbed:
 	$(bed) setup

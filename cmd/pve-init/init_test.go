@@ -79,8 +79,8 @@ func TestCapabilities(t *testing.T) {
 }
 
 func TestHome(t *testing.T) {
-	const passwd = "root:x:0:0::/root:/bin/sh\nbroken:x:5\nu:x:1000:1000::/home/u:/bin/sh\nr:x:7:7::relative:\n"
-	for uid, want := range map[uint32]string{0: "/root", 1000: "/home/u", 5: "", 7: "", 9: ""} {
+	const passwd = "root:x:0:0::/root:/bin/sh\nbroken:x:5\nu:x:1000:1000::/home/u:/bin/sh\nr:x:7:7::relative:\nn:x:8:8::/nul\x00:\n"
+	for uid, want := range map[uint32]string{0: "/root", 1000: "/home/u", 5: "", 7: "", 8: "", 9: ""} {
 		if got := homeOf(passwd, uid); got != want {
 			t.Errorf("%d: %q, want %q", uid, got, want)
 		}
