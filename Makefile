@@ -9,8 +9,8 @@ packages ?= ./...
 race := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
 
 .NOTPARALLEL:
-.PHONY: help build test test-unit test-bed fuzz demo bench testbed vm-run vm-shell vm-down lint clean
-.SILENT: help vm-run vm-shell vm-down testbed fuzz demo bench
+.PHONY: help build test test-unit test-bed fuzz stress demo bench testbed vm-run vm-shell vm-down lint clean
+.SILENT: help vm-run vm-shell vm-down testbed fuzz stress demo bench
 
 help:
 	echo 'make build       the programs, in ./bin'
@@ -18,6 +18,7 @@ help:
 	echo 'make test-unit   unit tests only'
 	echo 'make test-bed    test bed only; packages=./shim chooses, TESTBED=host uses this host instead of a VM'
 	echo 'make fuzz        every fuzz target for a while each; time=30s packages=./lxc chooses'
+	echo 'make stress      restarts=1000 operations=1000 duration=10m of containerd-stress, in the test bed; seed=7 repeats a run'
 	echo 'make demo        pull an image and run it with our runtime, in the test bed'
 	echo 'make bench       time ctr run against runc, in the test bed; n=20 runs of each'
 	echo 'make testbed     build the test bed (cached outside this directory)'
@@ -47,6 +48,12 @@ fuzz:
 			(cd "$$dir" && go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(or $(time),30s) .) || exit 1; \
 		done; \
 	done
+
+stress:
+	mkdir -p bin
+	CGO_ENABLED=0 go test -c -tags bed -o bin/integration.test ./integration
+	program=$$($(bed) stress-program) && integration/testbed/vm-run -f bin/integration.test -f "$$program" -f integration/stress/guest \
+		'bash ./guest $(or $(restarts),1000) $(or $(operations),1000) $(or $(duration),10m) $(seed)'
 
 testbed:
 	$(bed) setup

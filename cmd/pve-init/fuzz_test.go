@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -135,15 +136,18 @@ func FuzzOptions(f *testing.F) {
 	})
 }
 
-// FuzzSysctlPath: a key is one path, and the way back leads to the same key.
+// FuzzSysctlPath: only separators change places, and the first is one of a path.
 func FuzzSysctlPath(f *testing.F) {
 	for _, key := range []string{"net.ipv4.ip_forward", "net/ipv4/conf/eth0.1/x", "net.ipv4.conf.eth0/1.x", "", ".", "/..", "a./"} {
 		f.Add(key)
 	}
 	f.Fuzz(func(t *testing.T, key string) {
+		if !utf8.ValidString(key) {
+			t.Skip() // nothing that JSON could hold
+		}
 		path := sysctlPath(key)
-		if len(path) != len(key) && strings.ToValidUTF8(key, "") == key {
-			t.Errorf("%q became %q", key, path)
+		if len(path) != len(key) {
+			t.Fatalf("%q became %q", key, path)
 		}
 		i := strings.IndexAny(key, "./")
 		if i >= 0 && path[i] != '/' {

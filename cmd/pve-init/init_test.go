@@ -174,6 +174,43 @@ func TestCreate(t *testing.T) {
 	}
 }
 
+// TestMakeConsole: an image's symlink is replaced, anything else it brings is kept.
+func TestMakeConsole(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		make func(path string) error
+		mode os.FileMode
+	}{
+		{"missing", nil, 0},
+		{"symlink", func(path string) error { return os.Symlink("../victim", path) }, 0},
+		{"file", func(path string) error { return os.WriteFile(path, nil, 0o600) }, 0},
+		{"FIFO", func(path string) error { return unix.Mkfifo(path, 0o600) }, os.ModeNamedPipe},
+	} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, "victim"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(filepath.Join(dir, "dev"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(dir, "dev/console")
+		if c.make != nil {
+			if err := c.make(path); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r, err := openRoot(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = r.makeConsole()
+		unix.Close(r.fd)
+		if st, lerr := os.Lstat(path); err != nil || lerr != nil || st.Mode().Type() != c.mode {
+			t.Errorf("%s: %v, %v, %v", c.name, err, st, lerr)
+		}
+	}
+}
+
 func TestLookPath(t *testing.T) {
 	dir := t.TempDir()
 	for name, mode := range map[string]os.FileMode{"yes": 0o755, "no": 0o644} {
