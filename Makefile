@@ -13,14 +13,16 @@ lint_version := v2.15.0
 lint := $(or $(CONTAINERD_PVE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/containerd-pve)/lint-$(lint_version)/golangci-lint
 
 .NOTPARALLEL:
-.PHONY: help build test test-unit test-bed demo bench testbed vm-run vm-shell vm-down lint clean
-.SILENT: help vm-run vm-shell vm-down testbed demo bench
+.PHONY: help build test test-unit test-bed fuzz stress demo bench testbed vm-run vm-shell vm-down lint clean
+.SILENT: help vm-run vm-shell vm-down testbed fuzz stress demo bench
 
 help:
 	echo 'make build       the programs, in ./bin'
 	echo 'make test        all tests: lint and unit tests here, the rest in the test bed (a VM)'
 	echo 'make test-unit   unit tests only'
 	echo 'make test-bed    test bed only; packages=./shim chooses, TESTBED=host uses this host instead of a VM'
+	echo 'make fuzz        every fuzz target for a while each; time=30s packages=./lxc chooses'
+	echo 'make stress      restarts=1000 operations=1000 duration=10m of containerd-stress, in the test bed; seed=7 repeats a run'
 	echo 'make demo        pull an image and run it with our runtime, in the test bed'
 	echo 'make bench       time ctr run against runc, in the test bed; n=20 runs of each'
 	echo 'make testbed     build the test bed (cached outside this directory)'
@@ -39,6 +41,21 @@ test-unit:
 
 test-bed:
 	$(bed) test $(packages)
+
+# Go fuzzes one target a call. Inputs that fail are kept in the package's testdata/fuzz.
+fuzz:
+	go list -f '{{.Dir}} {{join .TestGoFiles " "}}' $(packages) | while read -r dir files; do \
+		for target in $$(cd "$$dir" && grep -ho '^func Fuzz[A-Za-z0-9_]*' $$files /dev/null | cut -d' ' -f2); do \
+			echo "== $${dir#$(CURDIR)/} $$target"; \
+			(cd "$$dir" && go test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(or $(time),30s) .) || exit 1; \
+		done; \
+	done
+
+stress:
+	mkdir -p bin
+	CGO_ENABLED=0 go test -c -tags bed -o bin/integration.test ./integration
+	program=$$($(bed) stress-program) && integration/testbed/vm-run -f bin/integration.test -f "$$program" -f integration/stress/guest \
+		'bash ./guest $(or $(restarts),1000) $(or $(operations),1000) $(or $(duration),10m) $(seed)'
 
 testbed:
 	$(bed) setup

@@ -18,6 +18,7 @@ import (
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/oci"
@@ -76,6 +77,7 @@ type options struct {
 	args        []string
 	spec        []oci.SpecOpts
 	edit        func(*oci.Spec)
+	root        func(dir string) // changes the root file system before the task is made
 	stdin       io.Reader
 	terminal    bool
 	io          cio.Creator
@@ -126,6 +128,9 @@ func create(t *testing.T, o options) (*box, error) {
 		return nil, err
 	}
 	t.Cleanup(b.remove)
+	if o.root != nil {
+		b.change(o.snapshotter, o.id, o.root)
+	}
 	creator := o.io
 	if creator == nil {
 		copts := []cio.Opt{cio.WithStreams(o.stdin, b.out, b.err)}
@@ -143,6 +148,25 @@ func create(t *testing.T, o options) (*box, error) {
 		t.Fatal(err)
 	}
 	return b, nil
+}
+
+// change mounts the container's snapshot for f.
+func (b *box) change(snapshotter, key string, f func(dir string)) {
+	b.t.Helper()
+	mounts, err := b.client.SnapshotService(snapshotter).Mounts(b.ctx, key)
+	if err != nil {
+		b.t.Fatal(err)
+	}
+	dir := b.t.TempDir()
+	if err := mount.All(mounts, dir); err != nil {
+		b.t.Fatal(err)
+	}
+	defer func() {
+		if err := mount.UnmountRecursive(dir, 0); err != nil {
+			b.t.Fatal(err)
+		}
+	}()
+	f(dir)
 }
 
 func edit(f func(*oci.Spec)) oci.SpecOpts {

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+
+	"github.com/containerd/errdefs"
 )
 
 const (
@@ -64,7 +66,23 @@ func readState(bundle string) (*state, error) {
 	if err := json.Unmarshal(data, &s); err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
+	if err := s.check(); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
 	return &s, nil
+}
+
+// check refuses a state that no Create has written: an empty cgroup, say, would
+// have erase work on the root of all cgroups.
+func (s *state) check() error {
+	name, err := Name(s.Namespace, s.ID)
+	if err != nil {
+		return err
+	}
+	if s.Name != name || !filepath.IsAbs(s.LXCPath) || !filepath.IsAbs(s.Cgroup) || filepath.Clean(s.Cgroup) != s.Cgroup || s.Cgroup == "/" {
+		return fmt.Errorf("not a container's state: %w", errdefs.ErrFailedPrecondition)
+	}
+	return nil
 }
 
 func readExit(bundle string) (ExitStatus, bool) {

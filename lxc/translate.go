@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/cgroups"
@@ -32,10 +33,12 @@ type config struct {
 	err error
 }
 
-// set adds a line. liblxc has no escapes: a value that cannot stand on one line
-// as it is would be another configuration, so it is refused.
+// set adds a line. liblxc has no escapes, and takes a pair of quotes around a
+// value away: what cannot stand on one line as it is would be another
+// configuration, so it is refused.
 func (c *config) set(key, value string) {
-	if strings.ContainsFunc(value, func(r rune) bool { return r < ' ' || r == 0x7f }) || strings.TrimSpace(value) != value || value == "" {
+	quoted := len(value) > 1 && (value[0] == '\'' || value[0] == '"') && value[len(value)-1] == value[0]
+	if strings.ContainsFunc(value, unicode.IsControl) || strings.TrimSpace(value) != value || value == "" || quoted {
 		c.err = errors.Join(c.err, fmt.Errorf("%s cannot be set to %q: %w", key, value, errdefs.ErrInvalidArgument))
 		return
 	}

@@ -79,8 +79,8 @@ func TestCapabilities(t *testing.T) {
 }
 
 func TestHome(t *testing.T) {
-	const passwd = "root:x:0:0::/root:/bin/sh\nbroken:x:5\nu:x:1000:1000::/home/u:/bin/sh\nr:x:7:7::relative:\n"
-	for uid, want := range map[uint32]string{0: "/root", 1000: "/home/u", 5: "", 7: "", 9: ""} {
+	const passwd = "root:x:0:0::/root:/bin/sh\nbroken:x:5\nu:x:1000:1000::/home/u:/bin/sh\nr:x:7:7::relative:\nn:x:8:8::/nul\x00:\n"
+	for uid, want := range map[uint32]string{0: "/root", 1000: "/home/u", 5: "", 7: "", 8: "", 9: ""} {
 		if got := homeOf(passwd, uid); got != want {
 			t.Errorf("%d: %q, want %q", uid, got, want)
 		}
@@ -171,6 +171,43 @@ func TestCreate(t *testing.T) {
 	}
 	if left, err := os.ReadDir(outer); err != nil || len(left) != 0 {
 		t.Errorf("made outside of the root: %v %v", left, err)
+	}
+}
+
+// TestMakeConsole: an image's symlink is replaced, anything else it brings is kept.
+func TestMakeConsole(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		make func(path string) error
+		mode os.FileMode
+	}{
+		{"missing", nil, 0},
+		{"symlink", func(path string) error { return os.Symlink("../victim", path) }, 0},
+		{"file", func(path string) error { return os.WriteFile(path, nil, 0o600) }, 0},
+		{"FIFO", func(path string) error { return unix.Mkfifo(path, 0o600) }, os.ModeNamedPipe},
+	} {
+		dir := t.TempDir()
+		if err := os.WriteFile(filepath.Join(dir, "victim"), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(filepath.Join(dir, "dev"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		path := filepath.Join(dir, "dev/console")
+		if c.make != nil {
+			if err := c.make(path); err != nil {
+				t.Fatal(err)
+			}
+		}
+		r, err := openRoot(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = r.makeConsole()
+		unix.Close(r.fd)
+		if st, lerr := os.Lstat(path); err != nil || lerr != nil || st.Mode().Type() != c.mode {
+			t.Errorf("%s: %v, %v, %v", c.name, err, st, lerr)
+		}
 	}
 }
 

@@ -73,11 +73,9 @@ func (r root) setup(p *plan.Mounts) error {
 		}
 	}
 	if p.Terminal {
-		fd, err := r.create("/dev/console", false)
-		if err != nil {
+		if err := r.makeConsole(); err != nil {
 			return failed(plan.ErrorInvalid, "process.terminal: making /dev/console", err)
 		}
-		unix.Close(fd)
 	}
 	if p.Cwd != "" {
 		fd, err := r.create(p.Cwd, true)
@@ -150,12 +148,15 @@ func (r root) mountOne(m *specs.Mount, p *plan.Mounts) error {
 	defer unix.Close(tree)
 
 	kernelFS := !o.bind && (m.Type == "proc" || m.Type == "sysfs")
-	if kernelFS {
-		if link, err := r.readlink(m.Destination); err == nil && link != "" {
+	target, err := r.create(m.Destination, isDir)
+	if err == nil && kernelFS {
+		// Where a symlink leads to, nothing would mask or protect parts of it.
+		unix.Close(target)
+		target, err = openBelow(r.fd, m.Destination, unix.O_PATH|unix.O_DIRECTORY, 0, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_SYMLINKS)
+		if err == unix.ELOOP {
 			return fail(plan.ErrorInvalid, m.Type+" must be mounted on an ordinary directory, not on a symlink")
 		}
 	}
-	target, err := r.create(m.Destination, isDir)
 	if err != nil {
 		return failed(plan.ErrorInvalid, "making the target", err)
 	}

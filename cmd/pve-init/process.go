@@ -394,7 +394,7 @@ func homeOf(passwd string, uid uint32) string {
 	want := utoa(uid)
 	for line := range strings.SplitSeq(passwd, "\n") {
 		f := strings.Split(line, ":")
-		if len(f) >= 6 && f[2] == want && strings.HasPrefix(f[5], "/") {
+		if len(f) >= 6 && f[2] == want && strings.HasPrefix(f[5], "/") && strings.IndexByte(f[5], 0) < 0 {
 			return f[5]
 		}
 	}

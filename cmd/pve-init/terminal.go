@@ -44,9 +44,42 @@ func openSlave(master int) (int, error) {
 	return int(fd), nil
 }
 
+// makeConsole makes /dev/console exist as what bindConsole mounts over. An image
+// may bring anything under this name: a symlink would have the terminal cover
+// what it leads to.
+func (r root) makeConsole() error {
+	dev, err := r.create("/dev", true)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(dev)
+	var st unix.Stat_t
+	switch err := unix.Fstatat(dev, "console", &st, unix.AT_SYMLINK_NOFOLLOW); {
+	case err == unix.ENOENT:
+	case err != nil:
+		return err
+	case st.Mode&unix.S_IFMT != unix.S_IFLNK:
+		return nil
+	default:
+		if err := unix.Unlinkat(dev, "console", 0); err != nil {
+			return err
+		}
+	}
+	fd, err := unix.Openat(dev, "console", unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_WRONLY, 0o644)
+	if err == nil {
+		unix.Close(fd)
+	}
+	return err
+}
+
 // bindConsole makes /dev/console the container's terminal. The hook has made the file.
 func (p *process) bindConsole() error {
-	target, err := p.root.create("/dev/console", false)
+	dev, err := p.root.open("/dev", unix.O_PATH|unix.O_DIRECTORY)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(dev)
+	target, err := openBelow(dev, "console", unix.O_PATH|unix.O_NOFOLLOW, 0, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
 	if err != nil {
 		return err
 	}

@@ -44,15 +44,6 @@ func TestDecode(t *testing.T) {
 	}
 }
 
-func FuzzDecode(f *testing.F) {
-	f.Add([]byte{10, 1, 'a', 18, 7, 'd', 'e', 'f', 'a', 'u', 'l', 't'})
-	f.Fuzz(func(t *testing.T, input []byte) {
-		if r, err := decode(input, task); (r == nil) == (err == nil) {
-			t.Errorf("%+v, %v", r, err)
-		}
-	})
-}
-
 func TestGroup(t *testing.T) {
 	dir := t.TempDir()
 	if g := group(dir, "a"); g != "a" {

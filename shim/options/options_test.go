@@ -48,13 +48,3 @@ func TestParse(t *testing.T) {
 		}
 	}
 }
-
-func FuzzTOML(f *testing.F) {
-	f.Add([]byte("LXCPath = '/p'"))
-	f.Add([]byte("[a]\nb = 1"))
-	f.Fuzz(func(t *testing.T, body []byte) {
-		if _, err := fromTOML("x", body); err != nil && !errdefs.IsInvalidArgument(err) && !errdefs.IsNotImplemented(err) {
-			t.Errorf("%v", err)
-		}
-	})
-}

@@ -313,7 +313,12 @@ func (t *taskState) unmount() error {
 		return nil
 	}
 	if err := mount.UnmountRecursive(t.rootfs, 0); err != nil {
-		return fmt.Errorf("task %s: unmount of the root file system: %w", t.id, err)
+		// A process of the host's is in it. Detached it is out of the way at once
+		// and gone with its last user: the task must not wait for that one.
+		if err := mount.UnmountRecursive(t.rootfs, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("task %s: unmount of the root file system: %w", t.id, err)
+		}
+		log.L.WithError(err).Warnf("task %s: the root file system was busy and is detached", t.id)
 	}
 	t.mounted = false
 	return nil

@@ -35,6 +35,7 @@ const (
 type Bed struct {
 	Tools, Kernel, Disk *Stage
 	Host                []*Stage // what the tests need on a host that has ZFS and LXC itself
+	Stress              *Stage   // containerd's stress program: no part of the guest, made when it is asked for
 }
 
 // NewBed describes the bed for the checkout at repo. mirror may name another archive of Debian packages.
@@ -97,7 +98,8 @@ func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
 		return nil, err
 	}
 	disk.Env = []string{"GUEST=" + filepath.Join(repo, "integration/testbed/guest")}
-	return &Bed{Tools: tools, Kernel: kernel, Disk: disk, Host: []*Stage{ctd, ctd22, crane, rootfs, images}}, nil
+	stress := &Stage{Name: "stress", Script: script("stress"), Params: map[string]string{"VERSION": containerdVersion}}
+	return &Bed{Tools: tools, Kernel: kernel, Disk: disk, Host: []*Stage{ctd, ctd22, crane, rootfs, images}, Stress: stress}, nil
 }
 
 // sources is the text of the packages' Go files without the tests.

@@ -23,6 +23,7 @@ const usage = `usage: bed COMMAND    (in the checkout's root)
   run [-f FILE]... CMD   run CMD with bash in the guest, the daemons up; FILEs go to /work first
   shell                  a shell in that guest
   down                   end that guest
+  stress-program         build containerd-stress, if it is not in the cache, and print its path
   test [PACKAGE...]      run the packages' bed tests, each in a guest of its own (TESTBED=host: on this host)
 Environment: CONTAINERD_PVE_CACHE (where the cache is), BED_ACCEL (kvm or tcg, instead of trying), BED_VM (name of
 another guest for run, shell and down), BED_INIT (systemd: for run, shell and down the guest that boots it), BED_TIMEOUT (limit for run and for each package of test, as 15m),
@@ -93,6 +94,8 @@ func command(ctx context.Context, args []string) error {
 		return b.shell(ctx)
 	case "down":
 		return b.down()
+	case "stress-program":
+		return b.stressProgram(ctx)
 	case "test":
 		return b.test(ctx, args[1:])
 	}
@@ -148,6 +151,19 @@ func bedInit() (string, error) {
 		return "", fmt.Errorf("BED_INIT=%s: there is %s, and busybox without it", init, machine.Systemd)
 	}
 	return init, nil
+}
+
+// stressProgram is apart from setup: only `make stress` needs it.
+func (b *bed) stressProgram(ctx context.Context) error {
+	parts, err := build.NewBed(b.cache, b.repo, os.Getenv("BED_MIRROR"))
+	if err != nil {
+		return err
+	}
+	if err := b.cache.Build(ctx, parts.Stress); err != nil {
+		return err
+	}
+	fmt.Println(filepath.Join(b.cache.Path(parts.Stress), "containerd-stress"))
+	return nil
 }
 
 // quiet sends what is not the command's own output to a log file, unless a person looks on.
