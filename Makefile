@@ -9,14 +9,15 @@ packages ?= ./...
 race := $(shell command -v gcc >/dev/null 2>&1 && echo -race)
 
 .NOTPARALLEL:
-.PHONY: help build test test-unit test-bed demo bench testbed vm-run vm-shell vm-down lint clean
-.SILENT: help vm-run vm-shell vm-down testbed demo bench
+.PHONY: help build test test-unit test-bed test-suite conformance demo bench testbed vm-run vm-shell vm-down lint clean
+.SILENT: help conformance vm-run vm-shell vm-down testbed demo bench
 
 help:
 	echo 'make build       the programs, in ./bin'
 	echo 'make test        all tests: unit tests here, the rest in the test bed (a VM)'
 	echo 'make test-unit   unit tests only'
 	echo 'make test-bed    test bed only; packages=./shim chooses, TESTBED=host uses this host instead of a VM'
+	echo "make conformance containerd's client suite in the test bed; RUN=TestTask chooses, update=1 writes docs/conformance.md"
 	echo 'make demo        pull an image and run it with our runtime, in the test bed'
 	echo 'make bench       time ctr run against runc, in the test bed; n=20 runs of each'
 	echo 'make testbed     build the test bed (cached outside this directory)'
@@ -28,7 +29,7 @@ build:
 	mkdir -p bin
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o bin/ ./cmd/...
 
-test: test-unit test-bed
+test: test-unit test-bed test-suite
 
 test-unit:
 	go vet ./...
@@ -37,6 +38,13 @@ test-unit:
 
 test-bed:
 	$(bed) test $(packages)
+
+# the core of containerd's client suite
+test-suite:
+	$(bed) conformance -core
+
+conformance:
+	$(bed) conformance $(if $(RUN),-run '$(RUN)') $(if $(update),-update)
 
 testbed:
 	$(bed) setup
