@@ -30,7 +30,7 @@ const (
 	craneVersion        = "v0.22.1"
 
 	guestPackages = "zfsutils-linux,lxc,lxcfs,uidmap,iproute2,iputils-ping,procps,kmod,udev,ca-certificates,runc,crun," +
-		"busybox-static,iptables,nftables,e2fsprogs,strace,apparmor,fuse3,socat,curl,jq,bash,util-linux,psmisc,time,lsof,xfsprogs,openssl"
+		"busybox-static,iptables,nftables,e2fsprogs,strace,apparmor,fuse3,socat,curl,jq,bash,util-linux,psmisc,time,lsof,openssl"
 )
 
 // Bed is the set of stages a guest is booted from.

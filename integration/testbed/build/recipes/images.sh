@@ -31,3 +31,12 @@ sed -i 's/^nobody:/nogroup:/' "$OUT/busybox/etc/group"
 mkdir -p "$OUT"/pause/bin
 cp "$OUT/busybox/bin/busybox" "$OUT/pause/bin/busybox"
 ln -s busybox "$OUT/pause/bin/sleep"
+# the image everybody knows has an nc that ends at SIGTERM as PID 1 too; Debian builds busybox without that one
+rm "$OUT/busybox/bin/nc"
+cat > "$OUT/busybox/bin/nc" <<'END'
+#!/bin/sh
+trap 'kill $!; exit 143' TERM
+busybox nc "$@" &
+wait $!
+END
+chmod 755 "$OUT/busybox/bin/nc"

@@ -160,7 +160,7 @@ func (b *bed) suite(ctx context.Context, programs []string, pattern string) ([]c
 		return nil, "", err
 	}
 	defer log.Close()
-	convert := exec.CommandContext(limited, "go", "tool", "test2json")
+	convert := exec.CommandContext(limited, "go", "tool", "test2json", "-t")
 	in, err := convert.StdinPipe()
 	if err != nil {
 		return nil, "", err
@@ -186,7 +186,11 @@ func (b *bed) suite(ctx context.Context, programs []string, pattern string) ([]c
 			fmt.Printf("%-5s%s (%.1f s)\n", strings.ToUpper(string(r.Outcome)), r.Name, r.Elapsed.Seconds())
 		}
 		if r.Outcome == conformance.Fail {
-			fmt.Println(r.Output)
+			for line := range strings.Lines(r.Output) {
+				if !strings.Contains(line, " log_hook.go:") { // the client's own log
+					fmt.Print("     ", line)
+				}
+			}
 		}
 	})
 	if err = errors.Join(err, <-ended, convert.Wait()); err != nil {
