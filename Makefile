@@ -13,14 +13,15 @@ lint_version := v2.15.0
 lint := $(or $(CONTAINERD_PVE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/containerd-pve)/lint-$(lint_version)/golangci-lint
 
 .NOTPARALLEL:
-.PHONY: help build test test-unit test-bed fuzz stress demo bench testbed vm-run vm-shell vm-down lint clean
-.SILENT: help vm-run vm-shell vm-down testbed fuzz stress demo bench
+.PHONY: help build test test-unit test-bed test-suite fuzz conformance stress demo bench testbed vm-run vm-shell vm-down lint clean
+.SILENT: help conformance fuzz stress vm-run vm-shell vm-down testbed demo bench
 
 help:
 	echo 'make build       the programs, in ./bin'
 	echo 'make test        all tests: lint and unit tests here, the rest in the test bed (a VM)'
 	echo 'make test-unit   unit tests only'
 	echo 'make test-bed    test bed only; packages=./shim chooses, TESTBED=host uses this host instead of a VM'
+	echo "make conformance containerd's client suite in the test bed; RUN=TestTask chooses, update=1 writes docs/conformance.md"
 	echo 'make fuzz        every fuzz target for a while each; time=30s packages=./lxc chooses'
 	echo 'make stress      restarts=1000 operations=1000 duration=10m of containerd-stress, in the test bed; seed=7 repeats a run'
 	echo 'make demo        pull an image and run it with our runtime, in the test bed'
@@ -34,7 +35,7 @@ build:
 	mkdir -p bin
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o bin/ ./cmd/...
 
-test: lint test-unit test-bed
+test: lint test-unit test-bed test-suite
 
 test-unit:
 	CGO_ENABLED=$(if $(race),1,0) go test $(race) -v ./...
@@ -56,6 +57,13 @@ stress:
 	CGO_ENABLED=0 go test -c -tags bed -o bin/integration.test ./integration
 	program=$$($(bed) stress-program) && integration/testbed/vm-run -f bin/integration.test -f "$$program" -f integration/stress/guest \
 		'bash ./guest $(or $(restarts),1000) $(or $(operations),1000) $(or $(duration),10m) $(seed)'
+
+# the core of containerd's client suite
+test-suite:
+	$(bed) conformance -core
+
+conformance:
+	$(bed) conformance $(if $(RUN),-run '$(RUN)') $(if $(update),-update)
 
 testbed:
 	$(bed) setup

@@ -42,6 +42,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/containerd-pve/containerd-pve/lxc"
+	"github.com/containerd-pve/containerd-pve/lxc/plan"
 	_ "github.com/containerd-pve/containerd-pve/shim/task" // registers the service
 )
 
@@ -369,6 +370,7 @@ func (manager) Info(_ context.Context, stdin io.Reader) (*types.RuntimeInfo, err
 		OCIVersionMin: "1.0.0",
 		OCIVersionMax: specs.Version,
 		Hooks:         []string{"prestart", "createRuntime", "startContainer", "poststart", "poststop"},
+		MountOptions:  plan.MountOptions(),
 		Linux: &features.Linux{
 			Namespaces: []string{"cgroup", "ipc", "mount", "network", "pid", "uts"},
 			Cgroup:     &features.Cgroup{V1: &no, V2: &yes, Systemd: &no, SystemdUser: &no, Rdma: &yes},

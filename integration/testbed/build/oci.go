@@ -19,12 +19,27 @@ import (
 )
 
 // imageFormat changes when writeImages writes something else from the same trees.
-const imageFormat = "1"
+const imageFormat = "2"
 
 type descriptor struct {
-	MediaType string `json:"mediaType"`
-	Digest    string `json:"digest"`
-	Size      int64  `json:"size"`
+	MediaType string    `json:"mediaType"`
+	Digest    string    `json:"digest"`
+	Size      int64     `json:"size"`
+	Platform  *platform `json:"platform,omitempty"` // of a manifest in an index
+}
+
+type platform struct {
+	Architecture string `json:"architecture"`
+	OS           string `json:"os"`
+	Variant      string `json:"variant,omitempty"`
+}
+
+var native = platform{Architecture: "amd64", OS: "linux"}
+
+// foreign are the other platforms of the images that have an index. Nothing of theirs can be run here.
+var foreign = []platform{
+	{Architecture: "arm", OS: "linux", Variant: "v7"}, {Architecture: "arm64", OS: "linux", Variant: "v8"},
+	{Architecture: "ppc64le", OS: "linux"}, {Architecture: "s390x", OS: "linux"},
 }
 
 type imageConfig struct {
@@ -33,6 +48,7 @@ type imageConfig struct {
 	Cmd          []string            `json:",omitempty"`
 	StopSignal   string              `json:",omitempty"`
 	ExposedPorts map[string]struct{} `json:",omitempty"`
+	Volumes      map[string]struct{} `json:",omitempty"`
 }
 
 type layer struct {
@@ -60,29 +76,97 @@ func writeImages(ctx context.Context, out string) error {
 	if err != nil {
 		return fmt.Errorf("busybox layer: %w", err)
 	}
+	pause, err := writeLayer(ctx, blobs, filepath.Join(out, "pause"), "")
+	if err != nil {
+		return fmt.Errorf("pause layer: %w", err)
+	}
+	volumes := []layer{busybox}
+	for _, f := range []struct{ dir, file string }{
+		{"test_dir", "test_file"}, {"C:/weird_test_dir", "weird_test_file"}, {":colon_prefixed", "colon_prefixed_file"},
+	} {
+		l, err := writeText(blobs, f.dir+"/"+f.file, "test_content\n", 0)
+		if err != nil {
+			return err
+		}
+		volumes = append(volumes, l)
+	}
+	owned, err := writeText(blobs, "test_dir/test_file", "test_content\n", 65534)
+	if err != nil {
+		return err
+	}
+	shell := imageConfig{Env: []string{imagePath}, Cmd: []string{"sh"}}
+	with := func(c imageConfig, env string) imageConfig {
+		c.Env = []string{imagePath, env}
+		return c
+	}
+	sleep := imageConfig{Entrypoint: []string{"/bin/sleep", "infinity"}}
 	for _, im := range []struct {
 		repo, tag string
 		layers    []layer
 		config    imageConfig
+		others    []platform // with them the image is an index
 	}{
-		{"debian", "13", []layer{debian}, imageConfig{Env: []string{imagePath}, Cmd: []string{"bash"}}},
-		{"nginx", "latest", []layer{debian, nginx}, imageConfig{Env: []string{imagePath}, Cmd: []string{"nginx", "-g", "daemon off;"},
-			StopSignal: "SIGQUIT", ExposedPorts: map[string]struct{}{"80/tcp": {}}}},
-		{"busybox", "latest", []layer{busybox}, imageConfig{Env: []string{imagePath}, Cmd: []string{"sh"}}},
+		{repo: "debian", tag: "13", layers: []layer{debian}, config: imageConfig{Env: []string{imagePath}, Cmd: []string{"bash"}}},
+		{repo: "nginx", tag: "latest", layers: []layer{debian, nginx}, config: imageConfig{
+			Env: []string{imagePath}, Cmd: []string{"nginx", "-g", "daemon off;"},
+			StopSignal: "SIGQUIT", ExposedPorts: map[string]struct{}{"80/tcp": {}},
+		}},
+		{repo: "busybox", tag: "latest", layers: []layer{busybox}, config: shell},
+		// What containerd's client suite pulls, with the names it has there.
+		{repo: "containerd/busybox", tag: "1.36", layers: []layer{busybox}, config: shell, others: foreign},
+		{repo: "e2e-test-images/busybox", tag: "1.29-2", layers: []layer{busybox}, config: with(shell, "E2E=1"), others: foreign},
+		{repo: "pause", tag: "3.10.2", layers: []layer{pause}, config: with(sleep, "VERSION=3.10.2"), others: foreign},
+		{repo: "pause", tag: "3.6", layers: []layer{pause}, config: with(sleep, "VERSION=3.6"), others: foreign},
+		{repo: "containerd/volume-copy-up", tag: "2.2", layers: volumes, others: foreign, config: imageConfig{
+			Env: []string{imagePath}, Cmd: []string{"sh"},
+			Volumes: map[string]struct{}{"/test_dir": {}, "C:/weird_test_dir": {}, "/:colon_prefixed": {}},
+		}},
+		{repo: "containerd/volume-ownership", tag: "2.1", layers: []layer{debian, owned}, others: foreign, config: imageConfig{
+			Env: []string{imagePath}, Cmd: []string{"bash"}, Volumes: map[string]struct{}{"/test_dir": {}},
+		}},
+		{repo: "containerd/windows/nanoserver", tag: "1809", others: []platform{{Architecture: "amd64", OS: "windows"}}},
 	} {
-		m, err := manifest(blobs, im.layers, im.config)
-		if err != nil {
-			return err
-		}
 		dir := filepath.Join(out, "registry", "manifests", im.repo)
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err
+		}
+		var m []byte
+		var manifests []descriptor
+		add := func(layers []layer, config imageConfig, p platform) error {
+			m, err = manifest(blobs, layers, config, p)
+			if err != nil || len(im.others) == 0 {
+				return err
+			}
+			d := digest(m)
+			manifests = append(manifests, descriptor{mediaManifest, d, int64(len(m)), &p})
+			return os.WriteFile(filepath.Join(dir, d), m, 0o644)
+		}
+		if len(im.layers) > 0 {
+			if err := add(im.layers, im.config, native); err != nil {
+				return err
+			}
+		}
+		for _, p := range im.others {
+			// of its own in each image, as real ones are: a test tells by it what was pulled
+			l, err := writeText(blobs, "platform", fmt.Sprintf("%s:%s %s/%s%s\n", im.repo, im.tag, p.OS, p.Architecture, p.Variant), 0)
+			if err == nil {
+				err = add([]layer{l}, im.config, p)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if len(im.others) > 0 {
+			m, err = json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": mediaIndex, "manifests": manifests})
+			if err != nil {
+				return err
+			}
 		}
 		if err := os.WriteFile(filepath.Join(dir, im.tag), m, 0o644); err != nil {
 			return err
 		}
 	}
-	for _, d := range []string{"debian", "nginx", "busybox"} {
+	for _, d := range []string{"debian", "nginx", "busybox", "pause"} {
 		if err := os.RemoveAll(filepath.Join(out, d)); err != nil {
 			return err
 		}
@@ -90,33 +174,69 @@ func writeImages(ctx context.Context, out string) error {
 	return nil
 }
 
-func manifest(blobs string, layers []layer, config imageConfig) ([]byte, error) {
+const (
+	mediaManifest = "application/vnd.oci.image.manifest.v1+json"
+	mediaIndex    = "application/vnd.oci.image.index.v1+json"
+)
+
+func digest(b []byte) string {
+	sum := sha256.Sum256(b)
+	return "sha256:" + hex.EncodeToString(sum[:])
+}
+
+func manifest(blobs string, layers []layer, config imageConfig, p platform) ([]byte, error) {
 	var diffIDs []string
 	var descriptors []descriptor
 	for _, l := range layers {
 		diffIDs, descriptors = append(diffIDs, l.diffID), append(descriptors, l.descriptor)
 	}
-	c, err := json.Marshal(map[string]any{
-		"architecture": "amd64", "os": "linux", "config": config,
+	of := map[string]any{
+		"architecture": p.Architecture, "os": p.OS, "config": config,
 		"rootfs": map[string]any{"type": "layers", "diff_ids": diffIDs},
-	})
+	}
+	if p.Variant != "" {
+		of["variant"] = p.Variant
+	}
+	c, err := json.Marshal(of)
 	if err != nil {
 		return nil, err
 	}
-	sum := sha256.Sum256(c)
-	name := hex.EncodeToString(sum[:])
-	if err := os.WriteFile(filepath.Join(blobs, name), c, 0o644); err != nil {
+	d := digest(c)
+	if err := os.WriteFile(filepath.Join(blobs, strings.TrimPrefix(d, "sha256:")), c, 0o644); err != nil {
 		return nil, err
 	}
 	return json.Marshal(map[string]any{
-		"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-		"config": descriptor{"application/vnd.oci.image.config.v1+json", "sha256:" + name, int64(len(c))},
+		"schemaVersion": 2, "mediaType": mediaManifest,
+		"config": descriptor{MediaType: "application/vnd.oci.image.config.v1+json", Digest: d, Size: int64(len(c))},
 		"layers": descriptors,
+	})
+}
+
+// writeText writes a layer of one file and the directories above it, all of them owned by id.
+func writeText(blobs, name, text string, id int) (layer, error) {
+	return writeTar(blobs, func(t *tar.Writer) error {
+		for i, c := range name {
+			if c != '/' {
+				continue
+			}
+			if err := t.WriteHeader(&tar.Header{Name: name[:i+1], Typeflag: tar.TypeDir, Mode: 0o755, Uid: id, Gid: id}); err != nil {
+				return err
+			}
+		}
+		if err := t.WriteHeader(&tar.Header{Name: name, Mode: 0o644, Size: int64(len(text)), Uid: id, Gid: id}); err != nil {
+			return err
+		}
+		_, err := io.WriteString(t, text)
+		return err
 	})
 }
 
 // writeLayer writes what tree has and base has not (all of it without a base) as a gzipped layer.
 func writeLayer(ctx context.Context, blobs, tree, base string) (layer, error) {
+	return writeTar(blobs, func(t *tar.Writer) error { return diff(ctx, t, tree, base) })
+}
+
+func writeTar(blobs string, fill func(*tar.Writer) error) (layer, error) {
 	f, err := os.CreateTemp(blobs, "layer-")
 	if err != nil {
 		return layer{}, err
@@ -125,7 +245,7 @@ func writeLayer(ctx context.Context, blobs, tree, base string) (layer, error) {
 	whole, plain := sha256.New(), sha256.New()
 	z := gzip.NewWriter(io.MultiWriter(f, whole))
 	t := tar.NewWriter(io.MultiWriter(z, plain))
-	err = diff(ctx, t, tree, base)
+	err = fill(t)
 	if err := errors.Join(err, t.Close(), z.Close(), f.Chmod(0o644)); err != nil {
 		return layer{}, err
 	}
@@ -138,7 +258,7 @@ func writeLayer(ctx context.Context, blobs, tree, base string) (layer, error) {
 		return layer{}, err
 	}
 	return layer{
-		descriptor: descriptor{"application/vnd.oci.image.layer.v1.tar+gzip", "sha256:" + name, info.Size()},
+		descriptor: descriptor{MediaType: "application/vnd.oci.image.layer.v1.tar+gzip", Digest: "sha256:" + name, Size: info.Size()},
 		diffID:     "sha256:" + hex.EncodeToString(plain.Sum(nil)),
 	}, nil
 }

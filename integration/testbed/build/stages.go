@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"embed"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -23,19 +24,21 @@ const (
 	suite  = "trixie"
 	flavor = "cloud-amd64"
 
-	containerdVersion   = "v2.4.2"
+	// ContainerdVersion is the one the tests run with.
+	ContainerdVersion   = "v2.4.2"
 	containerd22Version = "v2.2.9"
 	craneVersion        = "v0.22.1"
 
 	guestPackages = "zfsutils-linux,lxc,lxcfs,uidmap,iproute2,iputils-ping,procps,kmod,udev,ca-certificates,runc,crun," +
-		"busybox-static,iptables,nftables,e2fsprogs,strace,apparmor,fuse3,socat,curl,jq,bash,util-linux,psmisc,time,systemd-sysv,dbus"
+		"busybox-static,iptables,nftables,e2fsprogs,strace,apparmor,fuse3,socat,curl,jq,bash,util-linux,psmisc,time,systemd-sysv,dbus,lsof,openssl"
 )
 
 // Bed is the set of stages a guest is booted from.
 type Bed struct {
 	Tools, Kernel, Disk *Stage
 	Host                []*Stage // what the tests need on a host that has ZFS and LXC itself
-	Stress              *Stage   // containerd's stress program: no part of the guest, made when it is asked for
+	// No part of the guest, made when they are asked for: containerd's stress program and its client suite.
+	Stress, Suite *Stage
 }
 
 // NewBed describes the bed for the checkout at repo. mirror may name another archive of Debian packages.
@@ -70,7 +73,7 @@ func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
 		Params: with(map[string]string{"SUITE": suite, "PACKAGES": guestPackages})}
 	images := &Stage{Name: "images", Script: script("images"), Env: where, Deps: []*Stage{rootfs}, Go: writeImages,
 		Params: with(map[string]string{"SUITE": suite, "FORMAT": imageFormat})}
-	ctd := &Stage{Name: "containerd", Script: script("containerd"), Params: map[string]string{"VERSION": containerdVersion}}
+	ctd := &Stage{Name: "containerd", Script: script("containerd"), Params: map[string]string{"VERSION": ContainerdVersion}}
 	ctd22 := &Stage{Name: "containerd22", Script: script("containerd"), Params: map[string]string{"VERSION": containerd22Version},
 		Deps: []*Stage{ctd}} // only so that not two big compilations run at once
 	crane := &Stage{Name: "crane", Script: script("crane"), Params: map[string]string{"VERSION": craneVersion}}
@@ -98,8 +101,37 @@ func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
 		return nil, err
 	}
 	disk.Env = []string{"GUEST=" + filepath.Join(repo, "integration/testbed/guest")}
-	stress := &Stage{Name: "stress", Script: script("stress"), Params: map[string]string{"VERSION": containerdVersion}}
-	return &Bed{Tools: tools, Kernel: kernel, Disk: disk, Host: []*Stage{ctd, ctd22, crane, rootfs, images}, Stress: stress}, nil
+	stress := &Stage{Name: "stress", Script: script("stress"), Params: map[string]string{"VERSION": ContainerdVersion}}
+	suite := &Stage{Name: "suite", Go: writeSuite, Params: map[string]string{"VERSION": ContainerdVersion, "GO": runtime.Version()}}
+	return &Bed{Tools: tools, Kernel: kernel, Disk: disk, Host: []*Stage{ctd, ctd22, crane, rootfs, images}, Stress: stress, Suite: suite}, nil
+}
+
+// writeSuite compiles containerd's client suite as a program. It is built in the module itself, with the versions of
+// its dependencies that containerd is made and tested with.
+func writeSuite(ctx context.Context, out string) error {
+	run := func(dir string, args ...string) ([]byte, error) {
+		cmd := exec.CommandContext(ctx, "go", args...)
+		cmd.Dir, cmd.Env = dir, append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off", "GOFLAGS=")
+		var stderr bytes.Buffer
+		cmd.Stderr = &stderr
+		b, err := cmd.Output()
+		if err != nil {
+			return nil, fmt.Errorf("go %s: %w\n%s%s", strings.Join(args, " "), err, b, stderr.Bytes())
+		}
+		return b, nil
+	}
+	b, err := run(out, "mod", "download", "-json", "github.com/containerd/containerd/v2@"+ContainerdVersion)
+	if err != nil {
+		return err
+	}
+	var module struct{ Dir string }
+	if err := json.Unmarshal(b, &module); err != nil {
+		return fmt.Errorf("go mod download: %w", err)
+	}
+	if _, err := run(module.Dir, "test", "-c", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(out, "client.test"), "./integration/client"); err != nil {
+		return err
+	}
+	return os.CopyFS(filepath.Join(out, "testdata"), os.DirFS(filepath.Join(module.Dir, "integration/client/testdata")))
 }
 
 // sources is the text of the packages' Go files without the tests.

@@ -25,6 +25,8 @@ const usage = `usage: bed COMMAND    (in the checkout's root)
   down                   end that guest
   stress-program         build containerd-stress, if it is not in the cache, and print its path
   test [PACKAGE...]      run the packages' bed tests, each in a guest of its own (TESTBED=host: on this host)
+  conformance [-core] [-run PATTERN] [-update]   run containerd's client suite (all of it, the core, what matches) in a
+                         guest of its own; -update writes docs/conformance.md
 Environment: CONTAINERD_PVE_CACHE (where the cache is), BED_ACCEL (kvm or tcg, instead of trying), BED_VM (name of
 another guest for run, shell and down), BED_INIT (systemd: for run, shell and down the guest that boots it), BED_TIMEOUT (limit for run and for each package of test, as 15m),
 BED_STACK=no (run: do not start the daemons), BED_PARTIAL=1 (go on without commands that do not compile),
@@ -98,6 +100,8 @@ func command(ctx context.Context, args []string) error {
 		return b.stressProgram(ctx)
 	case "test":
 		return b.test(ctx, args[1:])
+	case "conformance":
+		return b.conformance(ctx, args[1:])
 	}
 	fmt.Fprint(os.Stderr, usage)
 	return exitError(2)
