@@ -27,6 +27,7 @@ import (
 const (
 	socket  = "/run/containerd/containerd.sock"
 	ours    = "io.containerd.pve.v2"
+	runc    = "io.containerd.runc.v2"
 	zfs     = "pve-zfs"
 	debian  = "localhost:5000/debian:13"
 	busybox = "localhost:5000/busybox:latest"
@@ -74,6 +75,7 @@ type options struct {
 	id          string
 	image       string
 	snapshotter string
+	runtime     string
 	args        []string
 	spec        []oci.SpecOpts
 	edit        func(*oci.Spec)
@@ -107,6 +109,9 @@ func create(t *testing.T, o options) (*box, error) {
 	if o.snapshotter == "" {
 		o.snapshotter = zfs
 	}
+	if o.runtime == "" {
+		o.runtime = ours
+	}
 	image, err := b.client.GetImage(b.ctx, o.image)
 	if err != nil {
 		t.Fatal(err)
@@ -123,7 +128,7 @@ func create(t *testing.T, o options) (*box, error) {
 		opts = append(opts, edit(o.edit))
 	}
 	b.container, err = b.client.NewContainer(b.ctx, o.id, client.WithImage(image), client.WithSnapshotter(o.snapshotter),
-		client.WithNewSnapshot(o.id, image), client.WithNewSpec(opts...), client.WithRuntime(ours, nil))
+		client.WithNewSnapshot(o.id, image), client.WithNewSpec(opts...), client.WithRuntime(o.runtime, nil))
 	if err != nil {
 		return nil, err
 	}

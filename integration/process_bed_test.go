@@ -24,95 +24,100 @@ func statusLine(key string) []string {
 	return sh("grep ^" + key + ": /proc/self/status | tr -d ' \\t'")
 }
 
-// TestProcess is the table of what a container's process gets: each case is run
+// processCases is the table of what a container's process gets: each case is run
 // as init of a container of its own.
+var processCases = []struct {
+	name string
+	args []string
+	spec []oci.SpecOpts
+	edit func(*oci.Spec)
+	want string // stdout; "*" for any
+	code uint32
+}{
+	{name: "args with spaces", args: printArgs("a b", " c "), want: "[a b][ c ]"},
+	{name: "args with quotes", args: printArgs(`"`, `'`, "`", `a"b'c`), want: "[\"]['][`][a\"b'c]"},
+	{name: "args with newlines", args: printArgs("a\nb", "\n"), want: "[a\nb][\n]"},
+	{name: "args that are empty", args: printArgs("", "x", ""), want: "[][x][]"},
+	{name: "args a shell would expand", args: printArgs("$HOME", "*", "~", "$(id)", `\n`), want: `[$HOME][*][~][$(id)][\n]`},
+	{name: "args of LXC's syntax", args: printArgs("lxc.init.cmd = x", "#", "="), want: "[lxc.init.cmd = x][#][=]"},
+	{name: "args in UTF-8", args: printArgs("ä€😀"), want: "[ä€😀]"},
+	{name: "args by the thousand", args: printArgs(slices.Repeat([]string{"x"}, 5000)...), want: strings.Repeat("[x]", 5000)},
+	{name: "env", args: sh(`printf %s "$A"`), spec: []oci.SpecOpts{oci.WithEnv([]string{"A=b c=d"})}, want: "b c=d"},
+	{name: "env with newlines", args: sh(`printf %s "$A"`), spec: []oci.SpecOpts{oci.WithEnv([]string{"A=x\nlxc.init.cmd = y\n"})}, want: "x\nlxc.init.cmd = y\n"},
+	{name: "env that is empty", args: sh(`printf "[%s]" "${A-unset}"`), spec: []oci.SpecOpts{oci.WithEnv([]string{"A="})}, want: "[]"},
+	{name: "env is the spec's and HOME", args: []string{"env"}, edit: func(s *oci.Spec) { s.Process.Env = []string{"PATH=/usr/bin:/bin", "ONE=1"} }, want: "PATH=/usr/bin:/bin\nONE=1\nHOME=/root\n"},
+	{name: "uid and gid", args: sh("id -u; id -g"), spec: []oci.SpecOpts{oci.WithUIDGID(1234, 4321)}, want: "1234\n4321\n"},
+	{name: "user by name", args: sh("id -un; id -gn"), spec: []oci.SpecOpts{oci.WithUser("www-data")}, want: "www-data\nwww-data\n"},
+	{name: "additional groups", args: sh("id -G"), edit: func(s *oci.Spec) { s.Process.User.AdditionalGids = []uint32{5, 777} }, want: "0 5 777\n"},
+	{name: "no additional groups", args: sh("id -G"), edit: func(s *oci.Spec) { s.Process.User.AdditionalGids = nil }, want: "0\n"},
+	{name: "umask", args: sh("umask"), edit: func(s *oci.Spec) { u := uint32(0o027); s.Process.User.Umask = &u }, want: "0027\n"},
+	{name: "cwd", args: sh("pwd"), spec: []oci.SpecOpts{oci.WithProcessCwd("/usr/share")}, want: "/usr/share\n"},
+	{name: "cwd that is missing is made", args: sh("pwd"), spec: []oci.SpecOpts{oci.WithProcessCwd("/not/there/yet")}, want: "/not/there/yet\n"},
+	{name: "cwd with spaces", args: sh("pwd"), spec: []oci.SpecOpts{oci.WithProcessCwd("/a b/c")}, want: "/a b/c\n"},
+	{name: "capabilities by default", args: statusLine("CapEff"), want: "CapEff:00000000a80425fb\n"},
+	{name: "bounding set by default", args: statusLine("CapBnd"), want: "CapBnd:00000000a80425fb\n"},
+	{name: "ambient set by default", args: statusLine("CapAmb"), want: "CapAmb:0000000000000000\n"},
+	{name: "capabilities all dropped", args: statusLine("CapBnd"), spec: []oci.SpecOpts{oci.WithCapabilities(nil)}, want: "CapBnd:0000000000000000\n"},
+	{name: "capability added", args: statusLine("CapEff"), spec: []oci.SpecOpts{oci.WithCapabilities([]string{"CAP_NET_ADMIN"})}, want: "CapEff:0000000000001000\n"},
+	{name: "capabilities of a user", args: statusLine("CapEff"), spec: []oci.SpecOpts{oci.WithUIDGID(1000, 1000)}, want: "CapEff:0000000000000000\n"},
+	{name: "ambient capability of a user", args: statusLine("CapEff"), spec: []oci.SpecOpts{oci.WithUIDGID(1000, 1000)}, edit: func(s *oci.Spec) {
+		c := []string{"CAP_NET_BIND_SERVICE"}
+		s.Process.Capabilities = &specs.LinuxCapabilities{Bounding: c, Permitted: c, Inheritable: c, Effective: c, Ambient: c}
+	}, want: "CapEff:0000000000000400\n"},
+	{name: "privileged", args: statusLine("CapEff"), spec: []oci.SpecOpts{oci.WithPrivileged, oci.WithAllDevicesAllowed, oci.WithHostDevices}, want: "CapEff:000001ffffffffff\n"},
+	{name: "no_new_privs by default", args: statusLine("NoNewPrivs"), want: "NoNewPrivs:1\n"},
+	{name: "new privileges", args: statusLine("NoNewPrivs"), spec: []oci.SpecOpts{oci.WithNewPrivileges}, want: "NoNewPrivs:0\n"},
+	{name: "rlimit nofile", args: sh("ulimit -Sn; ulimit -Hn"), edit: func(s *oci.Spec) {
+		s.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 123, Hard: 456}}
+	}, want: "123\n456\n"},
+	{name: "rlimit core", args: sh("ulimit -c"), edit: func(s *oci.Spec) {
+		s.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_CORE", Soft: 0, Hard: 0}}
+	}, want: "0\n"},
+	{name: "oom_score_adj", args: sh("cat /proc/self/oom_score_adj"), edit: func(s *oci.Spec) { v := 321; s.Process.OOMScoreAdj = &v }, want: "321\n"},
+	{name: "no seccomp", args: statusLine("Seccomp"), want: "Seccomp:0\n"},
+	{name: "seccomp of containerd", args: statusLine("Seccomp"), spec: []oci.SpecOpts{seccomp.WithDefaultProfile()}, want: "Seccomp:2\n"},
+	{name: "seccomp of containerd lets work be done", args: sh("ls / >/dev/null && date >/dev/null && sleep 0 && echo fine"), spec: []oci.SpecOpts{seccomp.WithDefaultProfile()}, want: "fine\n"},
+	{name: "seccomp errno", args: sh("mkdir /tmp/x 2>/dev/null || echo no"), edit: profile(specs.ActErrno, "mkdir", "mkdirat"), want: "no\n"},
+	{name: "seccomp kill", args: sh("mkdir /tmp/x; echo $?"), edit: profile(specs.ActKillProcess, "mkdir", "mkdirat"), want: "159\n"},
+	{name: "exit code 0", args: sh("exit 0")},
+	{name: "exit code 1", args: sh("exit 1"), code: 1},
+	{name: "exit code 42", args: sh("exit 42"), code: 42},
+	{name: "exit code 126", args: sh("exit 126"), code: 126},
+	{name: "exit code 137", args: sh("exit 137"), code: 137},
+	{name: "exit code 255", args: sh("exit 255"), code: 255},
+	{name: "exit at once", args: []string{"false"}, code: 1},
+	{name: "pid 1", args: sh("echo $$"), want: "1\n"},
+	{name: "hostname", args: sh("hostname; cat /proc/sys/kernel/hostname"), spec: []oci.SpecOpts{oci.WithHostname("box-7")}, want: "box-7\nbox-7\n"},
+	{name: "read-only root", args: sh("touch /x 2>/dev/null || echo ro; touch /dev/shm/y && echo rw"), spec: []oci.SpecOpts{oci.WithRootFSReadonly()}, want: "ro\nrw\n"},
+	{name: "masked path", args: sh("wc -c </proc/timer_list; ls /proc/scsi /sys/firmware | grep -v :; true"), want: "*"},
+	{name: "read-only path", args: sh("echo 1 2>/dev/null >/proc/sys/kernel/panic || echo ro"), want: "ro\n"},
+	{name: "devices", args: sh("for d in null zero full random urandom tty; do test -c /dev/$d || echo no $d; done; head -c3 /dev/zero | wc -c; echo x >/dev/null; ls /dev/mem 2>/dev/null"), code: 2, want: "3\n"},
+	{name: "a device that is not allowed", args: sh("mknod /tmp/m c 1 1 && cat /tmp/m 2>&1 | head -c 60"), want: "cat: /tmp/m: Operation not permitted\n"},
+	{name: "stdin is empty", args: sh("wc -c"), want: "0\n"},
+	{name: "one process and no descriptors but stdio", args: sh("ls /proc/self/fd | wc -l"), want: "4\n"},
+	{name: "tmpfs mount", args: sh("grep ' /scratch ' /proc/mounts | cut -d' ' -f2,3; stat -c %a /scratch"), spec: []oci.SpecOpts{oci.WithMounts([]specs.Mount{{Type: "tmpfs", Source: "tmpfs", Destination: "/scratch", Options: []string{"mode=700", "size=1m"}}})}, want: "/scratch tmpfs\n700\n"},
+	{name: "bind mount, read-only", args: sh("cat '/host dir/fstab' >/dev/null 2>&1; touch '/host dir/x' 2>/dev/null || echo ro"), spec: []oci.SpecOpts{oci.WithMounts([]specs.Mount{{Type: "bind", Source: "/etc", Destination: "/host dir", Options: []string{"rbind", "ro"}}})}, want: "ro\n"},
+	{name: "host network", args: sh("ls -l /proc/self/ns/net | grep -c " + "net:"), spec: []oci.SpecOpts{oci.WithHostNamespace(specs.NetworkNamespace)}, want: "1\n"},
+	{name: "own network has lo alone", args: sh("tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' '"), want: "lo\n"},
+	{name: "memory limit", args: sh("cat /sys/fs/cgroup/memory.max"), spec: []oci.SpecOpts{oci.WithMemoryLimit(64 << 20)}, edit: ownCgroup, want: fmt.Sprintf("%d\n", 64<<20)},
+	{name: "cpu limit", args: sh("cat /sys/fs/cgroup/cpu.max"), spec: []oci.SpecOpts{oci.WithCPUCFS(50000, 100000)}, edit: ownCgroup, want: "50000 100000\n"},
+	{name: "pids limit", args: sh("cat /sys/fs/cgroup/pids.max"), spec: []oci.SpecOpts{oci.WithPidsLimit(77)}, edit: ownCgroup, want: "77\n"},
+	{name: "sysctl", args: sh("cat /proc/sys/net/ipv4/ip_default_ttl"), edit: func(s *oci.Spec) {
+		s.Linux.Sysctl = map[string]string{"net.ipv4.ip_default_ttl": "77"}
+	}, want: "77\n"},
+}
+
+// TestProcess: the table holds for our runtime, and for runc, which it is measured by.
 func TestProcess(t *testing.T) {
-	for _, c := range []struct {
-		name string
-		args []string
-		spec []oci.SpecOpts
-		edit func(*oci.Spec)
-		want string // stdout; "*" for any
-		code uint32
-	}{
-		{name: "args with spaces", args: printArgs("a b", " c "), want: "[a b][ c ]"},
-		{name: "args with quotes", args: printArgs(`"`, `'`, "`", `a"b'c`), want: "[\"]['][`][a\"b'c]"},
-		{name: "args with newlines", args: printArgs("a\nb", "\n"), want: "[a\nb][\n]"},
-		{name: "args that are empty", args: printArgs("", "x", ""), want: "[][x][]"},
-		{name: "args a shell would expand", args: printArgs("$HOME", "*", "~", "$(id)", `\n`), want: `[$HOME][*][~][$(id)][\n]`},
-		{name: "args of LXC's syntax", args: printArgs("lxc.init.cmd = x", "#", "="), want: "[lxc.init.cmd = x][#][=]"},
-		{name: "args in UTF-8", args: printArgs("ä€😀"), want: "[ä€😀]"},
-		{name: "args by the thousand", args: printArgs(slices.Repeat([]string{"x"}, 5000)...), want: strings.Repeat("[x]", 5000)},
-		{name: "env", args: sh(`printf %s "$A"`), spec: []oci.SpecOpts{oci.WithEnv([]string{"A=b c=d"})}, want: "b c=d"},
-		{name: "env with newlines", args: sh(`printf %s "$A"`), spec: []oci.SpecOpts{oci.WithEnv([]string{"A=x\nlxc.init.cmd = y\n"})}, want: "x\nlxc.init.cmd = y\n"},
-		{name: "env that is empty", args: sh(`printf "[%s]" "${A-unset}"`), spec: []oci.SpecOpts{oci.WithEnv([]string{"A="})}, want: "[]"},
-		{name: "env is the spec's and HOME", args: []string{"env"}, edit: func(s *oci.Spec) { s.Process.Env = []string{"PATH=/usr/bin:/bin", "ONE=1"} }, want: "PATH=/usr/bin:/bin\nONE=1\nHOME=/root\n"},
-		{name: "uid and gid", args: sh("id -u; id -g"), spec: []oci.SpecOpts{oci.WithUIDGID(1234, 4321)}, want: "1234\n4321\n"},
-		{name: "user by name", args: sh("id -un; id -gn"), spec: []oci.SpecOpts{oci.WithUser("www-data")}, want: "www-data\nwww-data\n"},
-		{name: "additional groups", args: sh("id -G"), edit: func(s *oci.Spec) { s.Process.User.AdditionalGids = []uint32{5, 777} }, want: "0 5 777\n"},
-		{name: "no additional groups", args: sh("id -G"), edit: func(s *oci.Spec) { s.Process.User.AdditionalGids = nil }, want: "0\n"},
-		{name: "umask", args: sh("umask"), edit: func(s *oci.Spec) { u := uint32(0o027); s.Process.User.Umask = &u }, want: "0027\n"},
-		{name: "cwd", args: sh("pwd"), spec: []oci.SpecOpts{oci.WithProcessCwd("/usr/share")}, want: "/usr/share\n"},
-		{name: "cwd that is missing is made", args: sh("pwd"), spec: []oci.SpecOpts{oci.WithProcessCwd("/not/there/yet")}, want: "/not/there/yet\n"},
-		{name: "cwd with spaces", args: sh("pwd"), spec: []oci.SpecOpts{oci.WithProcessCwd("/a b/c")}, want: "/a b/c\n"},
-		{name: "capabilities by default", args: statusLine("CapEff"), want: "CapEff:00000000a80425fb\n"},
-		{name: "bounding set by default", args: statusLine("CapBnd"), want: "CapBnd:00000000a80425fb\n"},
-		{name: "ambient set by default", args: statusLine("CapAmb"), want: "CapAmb:0000000000000000\n"},
-		{name: "capabilities all dropped", args: statusLine("CapBnd"), spec: []oci.SpecOpts{oci.WithCapabilities(nil)}, want: "CapBnd:0000000000000000\n"},
-		{name: "capability added", args: statusLine("CapEff"), spec: []oci.SpecOpts{oci.WithCapabilities([]string{"CAP_NET_ADMIN"})}, want: "CapEff:0000000000001000\n"},
-		{name: "capabilities of a user", args: statusLine("CapEff"), spec: []oci.SpecOpts{oci.WithUIDGID(1000, 1000)}, want: "CapEff:0000000000000000\n"},
-		{name: "ambient capability of a user", args: statusLine("CapEff"), spec: []oci.SpecOpts{oci.WithUIDGID(1000, 1000)}, edit: func(s *oci.Spec) {
-			c := []string{"CAP_NET_BIND_SERVICE"}
-			s.Process.Capabilities = &specs.LinuxCapabilities{Bounding: c, Permitted: c, Inheritable: c, Effective: c, Ambient: c}
-		}, want: "CapEff:0000000000000400\n"},
-		{name: "privileged", args: statusLine("CapEff"), spec: []oci.SpecOpts{oci.WithPrivileged, oci.WithAllDevicesAllowed, oci.WithHostDevices}, want: "CapEff:000001ffffffffff\n"},
-		{name: "no_new_privs by default", args: statusLine("NoNewPrivs"), want: "NoNewPrivs:1\n"},
-		{name: "new privileges", args: statusLine("NoNewPrivs"), spec: []oci.SpecOpts{oci.WithNewPrivileges}, want: "NoNewPrivs:0\n"},
-		{name: "rlimit nofile", args: sh("ulimit -Sn; ulimit -Hn"), edit: func(s *oci.Spec) {
-			s.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 123, Hard: 456}}
-		}, want: "123\n456\n"},
-		{name: "rlimit core", args: sh("ulimit -c"), edit: func(s *oci.Spec) {
-			s.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_CORE", Soft: 0, Hard: 0}}
-		}, want: "0\n"},
-		{name: "oom_score_adj", args: sh("cat /proc/self/oom_score_adj"), edit: func(s *oci.Spec) { v := 321; s.Process.OOMScoreAdj = &v }, want: "321\n"},
-		{name: "no seccomp", args: statusLine("Seccomp"), want: "Seccomp:0\n"},
-		{name: "seccomp of containerd", args: statusLine("Seccomp"), spec: []oci.SpecOpts{seccomp.WithDefaultProfile()}, want: "Seccomp:2\n"},
-		{name: "seccomp of containerd lets work be done", args: sh("ls / >/dev/null && date >/dev/null && sleep 0 && echo fine"), spec: []oci.SpecOpts{seccomp.WithDefaultProfile()}, want: "fine\n"},
-		{name: "seccomp errno", args: sh("mkdir /tmp/x 2>/dev/null || echo no"), edit: profile(specs.ActErrno, "mkdir", "mkdirat"), want: "no\n"},
-		{name: "seccomp kill", args: sh("mkdir /tmp/x; echo $?"), edit: profile(specs.ActKillProcess, "mkdir", "mkdirat"), want: "159\n"},
-		{name: "exit code 0", args: sh("exit 0")},
-		{name: "exit code 1", args: sh("exit 1"), code: 1},
-		{name: "exit code 42", args: sh("exit 42"), code: 42},
-		{name: "exit code 126", args: sh("exit 126"), code: 126},
-		{name: "exit code 137", args: sh("exit 137"), code: 137},
-		{name: "exit code 255", args: sh("exit 255"), code: 255},
-		{name: "exit at once", args: []string{"false"}, code: 1},
-		{name: "pid 1", args: sh("echo $$"), want: "1\n"},
-		{name: "hostname", args: sh("hostname; cat /proc/sys/kernel/hostname"), spec: []oci.SpecOpts{oci.WithHostname("box-7")}, want: "box-7\nbox-7\n"},
-		{name: "read-only root", args: sh("touch /x 2>/dev/null || echo ro; touch /dev/shm/y && echo rw"), spec: []oci.SpecOpts{oci.WithRootFSReadonly()}, want: "ro\nrw\n"},
-		{name: "masked path", args: sh("wc -c </proc/timer_list; ls /proc/scsi /sys/firmware | grep -v :; true"), want: "*"},
-		{name: "read-only path", args: sh("echo 1 2>/dev/null >/proc/sys/kernel/panic || echo ro"), want: "ro\n"},
-		{name: "devices", args: sh("for d in null zero full random urandom tty; do test -c /dev/$d || echo no $d; done; head -c3 /dev/zero | wc -c; echo x >/dev/null; ls /dev/mem 2>/dev/null"), code: 2, want: "3\n"},
-		{name: "a device that is not allowed", args: sh("mknod /tmp/m c 1 1 && cat /tmp/m 2>&1 | head -c 60"), want: "cat: /tmp/m: Operation not permitted\n"},
-		{name: "stdin is empty", args: sh("wc -c"), want: "0\n"},
-		{name: "one process and no descriptors but stdio", args: sh("ls /proc/self/fd | wc -l"), want: "4\n"},
-		{name: "tmpfs mount", args: sh("grep ' /scratch ' /proc/mounts | cut -d' ' -f2,3; stat -c %a /scratch"), spec: []oci.SpecOpts{oci.WithMounts([]specs.Mount{{Type: "tmpfs", Source: "tmpfs", Destination: "/scratch", Options: []string{"mode=700", "size=1m"}}})}, want: "/scratch tmpfs\n700\n"},
-		{name: "bind mount, read-only", args: sh("cat '/host dir/fstab' >/dev/null 2>&1; touch '/host dir/x' 2>/dev/null || echo ro"), spec: []oci.SpecOpts{oci.WithMounts([]specs.Mount{{Type: "bind", Source: "/etc", Destination: "/host dir", Options: []string{"rbind", "ro"}}})}, want: "ro\n"},
-		{name: "host network", args: sh("ls -l /proc/self/ns/net | grep -c " + "net:"), spec: []oci.SpecOpts{oci.WithHostNamespace(specs.NetworkNamespace)}, want: "1\n"},
-		{name: "own network has lo alone", args: sh("tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' '"), want: "lo\n"},
-		{name: "memory limit", args: sh("cat /sys/fs/cgroup/memory.max"), spec: []oci.SpecOpts{oci.WithMemoryLimit(64 << 20)}, edit: ownCgroup, want: fmt.Sprintf("%d\n", 64<<20)},
-		{name: "cpu limit", args: sh("cat /sys/fs/cgroup/cpu.max"), spec: []oci.SpecOpts{oci.WithCPUCFS(50000, 100000)}, edit: ownCgroup, want: "50000 100000\n"},
-		{name: "pids limit", args: sh("cat /sys/fs/cgroup/pids.max"), spec: []oci.SpecOpts{oci.WithPidsLimit(77)}, edit: ownCgroup, want: "77\n"},
-		{name: "sysctl", args: sh("cat /proc/sys/net/ipv4/ip_default_ttl"), edit: func(s *oci.Spec) {
-			s.Linux.Sysctl = map[string]string{"net.ipv4.ip_default_ttl": "77"}
-		}, want: "77\n"},
-	} {
-		t.Run(c.name, func(t *testing.T) {
-			stdout, stderr, code := run(t, options{args: c.args, spec: c.spec, edit: c.edit})
-			if code != c.code || c.want != "*" && stdout != c.want {
-				t.Errorf("exit code %d, stdout %q, stderr %q; want %d, %q", code, stdout, stderr, c.code, c.want)
-			}
-		})
+	for _, c := range processCases {
+		for _, runtime := range []string{ours, runc} {
+			t.Run(c.name+"/"+runtime, func(t *testing.T) {
+				stdout, stderr, code := run(t, options{runtime: runtime, args: c.args, spec: c.spec, edit: c.edit})
+				if code != c.code || c.want != "*" && stdout != c.want {
+					t.Errorf("exit code %d, stdout %q, stderr %q; want %d, %q", code, stdout, stderr, c.code, c.want)
+				}
+			})
+		}
 	}
 }
 

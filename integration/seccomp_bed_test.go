@@ -219,7 +219,7 @@ func seccompAgent(t *testing.T) (path string, states <-chan specs.ContainerProce
 				t.Error(err)
 				return
 			}
-			rest, err := io.ReadAll(conn) // the runtime has to close it
+			rest, _ := io.ReadAll(conn) // the runtime has to close it
 			conn.Close()
 			var st specs.ContainerProcessState
 			if err := json.Unmarshal(append(buf[:n], rest...), &st); err != nil {

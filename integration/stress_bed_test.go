@@ -3,6 +3,7 @@
 package integration
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -202,7 +203,7 @@ func (s *slot) do(t *testing.T, name, id string) error {
 		select {
 		case st := <-exit:
 			if st.ExitCode() != 137 {
-				return fmt.Errorf("exit code %d, %v", st.ExitCode(), st.Error())
+				return errors.Join(fmt.Errorf("exit code %d", st.ExitCode()), st.Error())
 			}
 		case <-time.After(time.Minute):
 			return fmt.Errorf("it does not end")
@@ -228,7 +229,7 @@ func (s *slot) do(t *testing.T, name, id string) error {
 		return s.container.Delete(s.ctx, client.WithSnapshotCleanup)
 	}
 	if st, err := s.task.Status(s.ctx); err != nil || st.Status != s.state {
-		return fmt.Errorf("status %s, %v", st.Status, err)
+		return errors.Join(fmt.Errorf("status %s", st.Status), err)
 	}
 	return nil
 }

@@ -15,11 +15,9 @@ import (
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
 )
 
-// maxCPU is how many processors unix.CPUSet, and so an affinity, can name.
-const maxCPU = 1024
-
-// maxNode is the kernel's largest number of memory nodes (1 << CONFIG_NODES_SHIFT).
-const maxNode = 1024
+// maxList is how many processors unix.CPUSet, and so an affinity, can name, and
+// the kernel's largest number of memory nodes (1 << CONFIG_NODES_SHIFT).
+const maxList = 1024
 
 // invalid is the error for a field that makes no sense.
 func invalid(format string, args ...any) error {
@@ -27,7 +25,7 @@ func invalid(format string, args ...any) error {
 }
 
 // parseList reads "0-3,7".
-func parseList(text string, limit int) ([]int, error) {
+func parseList(text string) ([]int, error) {
 	var out []int
 	for part := range strings.SplitSeq(strings.TrimSpace(text), ",") {
 		low, high, ranged := strings.Cut(part, "-")
@@ -42,8 +40,8 @@ func parseList(text string, limit int) ([]int, error) {
 		if err != nil || to < from {
 			return nil, invalid("%q is no list of numbers and ranges", text)
 		}
-		if to >= uint64(limit) {
-			return nil, invalid("%q: there is no number %d, the largest is %d", text, to, limit-1)
+		if to >= maxList {
+			return nil, invalid("%q: there is no number %d, the largest is %d", text, to, maxList-1)
 		}
 		for n := int(from); n <= int(to); n++ {
 			if !slices.Contains(out, n) {
@@ -159,7 +157,7 @@ func checkProcess(p *specs.Process) error {
 			if f.list == "" {
 				continue
 			}
-			if _, err := parseList(f.list, maxCPU); err != nil {
+			if _, err := parseList(f.list); err != nil {
 				return fmt.Errorf("process.execCPUAffinity.%s: %w", f.field, err)
 			}
 		}
@@ -207,7 +205,7 @@ func memoryPolicy(p *specs.LinuxMemoryPolicy) (*plan.MemoryPolicy, error) {
 	}
 	out := &plan.MemoryPolicy{Mode: mode}
 	if p.Nodes != "" {
-		nodes, err := parseList(p.Nodes, maxNode)
+		nodes, err := parseList(p.Nodes)
 		if err != nil {
 			return nil, fmt.Errorf("linux.memoryPolicy.nodes: %w", err)
 		}

@@ -2,6 +2,7 @@ package lxc
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -63,8 +64,9 @@ func (c *Container) launch(ctx context.Context, start string, program *initProgr
 		if c.sync != nil {
 			c.sync.close()
 		}
-		killCgroup(cgroupDir(c.state.Cgroup))
-		killCgroup(cgroupDir(c.state.monitorCgroup()))
+		// What they cannot end the caller's erase finds, and says.
+		_ = killCgroup(cgroupDir(c.state.Cgroup))
+		_ = killCgroup(cgroupDir(c.state.monitorCgroup()))
 		_ = c.monitor.cmd.Process.Kill()
 		<-c.monitor.ended
 		c.monitor.fifo.Close()
@@ -146,7 +148,8 @@ func (c *Container) startFailure(ctx context.Context) error {
 	}
 	log := filepath.Join(dir, logFile)
 	text, _ := os.ReadFile(log)
-	return fmt.Errorf("lxc-start of container %s failed (%v): %s (see %s): %w", c.state.ID, c.monitor.err, firstErrors(text), log, errdefs.ErrInternal)
+	ended := cmp.Or(c.monitor.err, errors.New("exit status 0"))
+	return fmt.Errorf("lxc-start of container %s failed (%w): %s (see %s): %w", c.state.ID, ended, firstErrors(text), log, errdefs.ErrInternal)
 }
 
 // firstErrors are the messages of liblxc's log that say what went wrong; those
@@ -174,7 +177,7 @@ func (c *Container) reap() {
 		exit = exitOf(ws)
 	} else {
 		// The monitor died first and takes init with it (lxc.monitor.signal.pdeath).
-		killCgroup(cgroupDir(c.state.Cgroup))
+		_ = killCgroup(cgroupDir(c.state.Cgroup)) // the pidfd below tells whether it helped
 		c.mu.Lock()
 		pidfd := c.pidfd
 		c.mu.Unlock()
@@ -187,7 +190,7 @@ func (c *Container) reap() {
 		exit = ExitStatus{Code: 128 + uint32(unix.SIGKILL), At: time.Now()}
 	}
 	if c.sharedPID {
-		killCgroup(cgroupDir(c.state.Cgroup))
+		_ = killCgroup(cgroupDir(c.state.Cgroup)) // Delete kills again, and says what does not end
 	}
 	// A lost file costs the exact status after a crash of the shim only.
 	_ = writeJSON(filepath.Join(stateDir(c.bundle), exitFile), exit)
@@ -245,10 +248,10 @@ func (c *Container) KillAll(ctx context.Context, sig unix.Signal) error {
 }
 
 // Pause freezes every process of the container.
-func (c *Container) Pause(ctx context.Context) error { return c.cgroup.freeze(true) }
+func (c *Container) Pause(_ context.Context) error { return c.cgroup.freeze(true) }
 
 // Resume thaws what Pause froze.
-func (c *Container) Resume(ctx context.Context) error { return c.cgroup.freeze(false) }
+func (c *Container) Resume(_ context.Context) error { return c.cgroup.freeze(false) }
 
 // Update changes the limits; fields that are nil stay as they are.
 func (c *Container) Update(_ context.Context, r *specs.LinuxResources) error {

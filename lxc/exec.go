@@ -27,7 +27,7 @@ func execCPUs(spec, container *specs.Process) (initial *unix.CPUSet, final []int
 		return nil, nil, nil
 	}
 	if affinity.Initial != "" {
-		cpus, err := parseList(affinity.Initial, maxCPU)
+		cpus, err := parseList(affinity.Initial)
 		if err != nil {
 			return nil, nil, fmt.Errorf("process.execCPUAffinity.initial: %w", err)
 		}
@@ -37,7 +37,7 @@ func execCPUs(spec, container *specs.Process) (initial *unix.CPUSet, final []int
 		}
 	}
 	if affinity.Final != "" {
-		if final, err = parseList(affinity.Final, maxCPU); err != nil {
+		if final, err = parseList(affinity.Final); err != nil {
 			return nil, nil, fmt.Errorf("process.execCPUAffinity.final: %w", err)
 		}
 	}

@@ -234,7 +234,7 @@ func FuzzMonitorRecords(f *testing.F) {
 				t.Errorf("status %v, %v", got, ok)
 			}
 			if ok {
-				exitOf(got)
+				_ = exitOf(got)
 			}
 		case <-time.After(10 * time.Second):
 			t.Error("the reader hangs")

@@ -160,7 +160,7 @@ func (r root) bindDevice(at int, name, host string, kind uint32, number uint64) 
 	} else if err != unix.EEXIST {
 		return err
 	}
-	target, err := openBelow(at, name, unix.O_PATH|unix.O_NOFOLLOW, 0, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
+	target, err := openBelow(at, name, unix.O_PATH|unix.O_NOFOLLOW, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
 	if err != nil {
 		return err
 	}

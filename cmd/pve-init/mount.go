@@ -152,7 +152,7 @@ func (r root) mountOne(m *specs.Mount, p *plan.Mounts) error {
 	if err == nil && kernelFS {
 		// Where a symlink leads to, nothing would mask or protect parts of it.
 		unix.Close(target)
-		target, err = openBelow(r.fd, m.Destination, unix.O_PATH|unix.O_DIRECTORY, 0, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_SYMLINKS)
+		target, err = openBelow(r.fd, m.Destination, unix.O_PATH|unix.O_DIRECTORY, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_SYMLINKS)
 		if err == unix.ELOOP {
 			return fail(plan.ErrorInvalid, m.Type+" must be mounted on an ordinary directory, not on a symlink")
 		}
@@ -161,7 +161,7 @@ func (r root) mountOne(m *specs.Mount, p *plan.Mounts) error {
 		return failed(plan.ErrorInvalid, "making the target", err)
 	}
 	defer unix.Close(target)
-	if err := r.checkTarget(target, m, kernelFS && m.Type == "proc", tree); err != nil {
+	if err := r.checkTarget(target, kernelFS && m.Type == "proc", tree); err != nil {
 		return err
 	}
 	if o.copyUp {
@@ -199,7 +199,7 @@ func (r root) inheritMode(path string, o *mountOptions) {
 }
 
 // checkTarget refuses to cover the root, and procfs but with what may.
-func (r root) checkTarget(target int, m *specs.Mount, proc bool, tree int) error {
+func (r root) checkTarget(target int, proc bool, tree int) error {
 	path, err := fdPath(target)
 	if err != nil {
 		return failed(plan.ErrorInternal, "naming the target", err)

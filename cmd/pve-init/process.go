@@ -82,7 +82,7 @@ func closeInherited(socket int) error {
 	// the lowest descriptors that were free then.
 	const scanned = 1024
 	own := uint(firstInheritedFD)
-	for fd := 0; fd < firstInheritedFD; fd++ {
+	for fd := range firstInheritedFD {
 		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0); err == nil && flags&unix.O_NONBLOCK != 0 {
 			own = scanned
 		}

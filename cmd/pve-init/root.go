@@ -24,8 +24,8 @@ func openRoot(path string) (root, error) {
 }
 
 // openBelow is openat2 with O_CLOEXEC and patience.
-func openBelow(dir int, path string, flags int, mode uint32, resolve uint64) (int, error) {
-	how := unix.OpenHow{Flags: uint64(flags) | unix.O_CLOEXEC, Mode: uint64(mode), Resolve: resolve}
+func openBelow(dir int, path string, flags int, resolve uint64) (int, error) {
+	how := unix.OpenHow{Flags: uint64(flags) | unix.O_CLOEXEC, Resolve: resolve}
 	for try := 0; ; try++ {
 		fd, err := unix.Openat2(dir, path, &how)
 		if (err != unix.EAGAIN && err != unix.EINTR) || try == openRetries {
@@ -38,7 +38,7 @@ func (r root) open(path string, flags int) (int, error) {
 	if path == "" {
 		return -1, unix.ENOENT
 	}
-	return openBelow(r.fd, path, flags, 0, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_MAGICLINKS)
+	return openBelow(r.fd, path, flags, unix.RESOLVE_IN_ROOT|unix.RESOLVE_NO_MAGICLINKS)
 }
 
 // create opens path (O_PATH), making it first if it is missing: a directory, or
@@ -141,7 +141,7 @@ func splitPath(path string) (dir, base string) {
 // isType says whether fd is on a file system of that magic number.
 func isType(fd int, magic int64) bool {
 	var st unix.Statfs_t
-	return unix.Fstatfs(fd, &st) == nil && int64(st.Type) == magic
+	return unix.Fstatfs(fd, &st) == nil && st.Type == magic
 }
 
 // procFS opens the root's /proc and makes sure that it is one, so that what is
@@ -166,7 +166,7 @@ func (r root) writeProc(path, value string) error {
 		return err
 	}
 	defer unix.Close(proc)
-	fd, err := openBelow(proc, path, unix.O_WRONLY, 0,
+	fd, err := openBelow(proc, path, unix.O_WRONLY,
 		unix.RESOLVE_BENEATH|unix.RESOLVE_NO_MAGICLINKS|unix.RESOLVE_NO_XDEV)
 	if err != nil {
 		return err

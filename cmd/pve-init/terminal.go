@@ -17,7 +17,7 @@ func openTerminal(r root, rows, columns uint16) (master, slave int, err error) {
 	if !isType(pts, unix.DEVPTS_SUPER_MAGIC) {
 		return -1, -1, fail(plan.ErrorInvalid, "/dev/pts is not a devpts mount")
 	}
-	master, err = openBelow(pts, "ptmx", unix.O_RDWR|unix.O_NOCTTY, 0,
+	master, err = openBelow(pts, "ptmx", unix.O_RDWR|unix.O_NOCTTY,
 		unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS|unix.RESOLVE_NO_XDEV)
 	if err != nil {
 		return -1, -1, failed(plan.ErrorInvalid, "/dev/pts/ptmx", err)
@@ -79,7 +79,7 @@ func (p *process) bindConsole() error {
 		return err
 	}
 	defer unix.Close(dev)
-	target, err := openBelow(dev, "console", unix.O_PATH|unix.O_NOFOLLOW, 0, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
+	target, err := openBelow(dev, "console", unix.O_PATH|unix.O_NOFOLLOW, unix.RESOLVE_BENEATH|unix.RESOLVE_NO_SYMLINKS)
 	if err != nil {
 		return err
 	}

@@ -26,11 +26,11 @@ var (
 type Kind string
 
 const (
-	// Skips: the suite itself skips it.
+	// Skips means that the suite itself skips it.
 	Skips Kind = "skips"
-	// Fails: it cannot pass here, by a fact about the test.
+	// Fails means that it cannot pass here, by a fact about the test.
 	Fails Kind = "fails"
-	// Elsewhere: it passes, and what it passes on is not ours.
+	// Elsewhere means that it passes, and what it passes on is not ours.
 	Elsewhere Kind = "elsewhere"
 )
 
@@ -81,6 +81,7 @@ func Names(text string) []string {
 // Outcome is how a test ended.
 type Outcome string
 
+// The outcomes.
 const (
 	Pass    Outcome = "pass"
 	Fail    Outcome = "fail"

@@ -15,8 +15,8 @@ import (
 
 const (
 	allow = uint32(unix.SECCOMP_RET_ALLOW)
-	eperm = uint32(unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM))
-	nosys = uint32(unix.SECCOMP_RET_ERRNO | uint32(unix.ENOSYS))
+	eperm = uint32(unix.SECCOMP_RET_ERRNO | unix.EPERM)
+	nosys = uint32(unix.SECCOMP_RET_ERRNO | unix.ENOSYS)
 	kill  = uint32(unix.SECCOMP_RET_KILL_PROCESS)
 )
 

@@ -15,13 +15,16 @@ func (t *taskState) watchOOM(ctx context.Context) {
 		log.G(ctx).WithError(err).Warn("no OOM events of " + t.id)
 		return
 	}
-	found, ended := m.EventChan()
+	found, failed := m.EventChan()
 	for {
 		select {
 		case e := <-found:
 			t.noteOOM(e.OOMKill)
-		case <-ended: // with the cgroup
-			return
+		case err := <-failed:
+			if err != nil {
+				log.G(ctx).WithError(err).Warn("no more OOM events of " + t.id)
+			}
+			return // with the cgroup
 		}
 	}
 }

@@ -26,7 +26,7 @@ import (
 // fake is an engine and its containers, without LXC.
 type fake struct{ execErr, startErr error }
 
-func (f *fake) Create(_ context.Context, _ lxc.Config, o lxc.CreateOptions) (Container, error) {
+func (f *fake) Create(_ context.Context, _ lxc.Config, _ lxc.CreateOptions) (Container, error) {
 	return &fakeContainer{fakeProcess: newFake(100), engine: f}, nil
 }
 
@@ -194,10 +194,10 @@ func TestFailedExecUnblocksWait(t *testing.T) {
 
 // TestVersionsAreTheSameOnTheWire is what lets one implementation serve both.
 func TestVersionsAreTheSameOnTheWire(t *testing.T) {
-	old, new := v2.File_runtime_task_v2_shim_proto.Messages(), api.File_runtime_task_v3_shim_proto.Messages()
+	old, current := v2.File_runtime_task_v2_shim_proto.Messages(), api.File_runtime_task_v3_shim_proto.Messages()
 	for i := range old.Len() {
 		a := old.Get(i)
-		b := new.ByName(a.Name())
+		b := current.ByName(a.Name())
 		if b == nil {
 			t.Errorf("%s is not in version 3", a.Name())
 			continue
