@@ -7,11 +7,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// initProgram is pve-init, opened on a detached read-only mount: a container
-// that opens its /proc/1/exe for writing (CVE-2019-5736) gets EROFS.
+// initProgram is pve-init, opened on a read-only mount that is attached nowhere: a
+// container that opens its /proc/1/exe for writing (CVE-2019-5736) gets EROFS.
 type initProgram struct {
 	path string
-	tree *os.File // keeps the detached mount alive
+	file *os.File
 }
 
 func openInitProgram(path string) (*initProgram, error) {
@@ -19,16 +19,23 @@ func openInitProgram(path string) (*initProgram, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open_tree %s: %w", path, err)
 	}
-	tree := os.NewFile(uintptr(fd), path)
+	// Closing it dissolves the mount, which lives on in the descriptors opened
+	// through it. One that is merely detached could be made writable again by a
+	// container that may mount: mount_setattr(2) asks only whose a mount is that
+	// has a place.
+	defer unix.Close(fd)
 	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
 	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &attr); err != nil {
-		tree.Close()
 		return nil, fmt.Errorf("mount_setattr of %s: %w", path, err)
 	}
-	return &initProgram{path: path, tree: tree}, nil
+	file, err := os.Open(fmt.Sprintf("/proc/self/fd/%d", fd))
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	return &initProgram{path: path, file: file}, nil
 }
 
 // open returns a descriptor to execute pve-init through.
 func (p *initProgram) open() (*os.File, error) {
-	return os.Open(fmt.Sprintf("/proc/self/fd/%d", p.tree.Fd()))
+	return os.Open(fmt.Sprintf("/proc/self/fd/%d", p.file.Fd()))
 }

@@ -107,6 +107,7 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 	}
 	defer cgroup.Close()
 
+	handle := -1
 	cmd := &exec.Cmd{
 		Path:       "/proc/self/fd/4",
 		Args:       []string{"pve-init", "exec", "3", "5"},
@@ -117,6 +118,9 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 			UseCgroupFD: true,
 			CgroupFD:    int(cgroup.Fd()),
 			Setsid:      true,
+			// By its number it could be another process by now, or none could be
+			// had any more.
+			PidFD: &handle,
 		},
 	}
 	if !process.Terminal {
@@ -143,6 +147,7 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 	theirs.Close()
 
 	p := newProcess()
+	p.pidfd = os.NewFile(uintptr(handle), "pidfd")
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -181,16 +186,8 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 		}
 		return nil, err
 	}
-	// The process may have ended already; then Kill answers NotFound.
-	pid := cmd.Process.Pid
-	handle, err := openPidfd(pid)
 	p.mu.Lock()
-	p.pid, p.console = pid, console
-	if err == nil && !p.ended {
-		p.pidfd = handle
-	} else if err == nil {
-		handle.Close()
-	}
+	p.pid, p.console = cmd.Process.Pid, console
 	p.mu.Unlock()
 	return p, nil
 }
