@@ -18,7 +18,7 @@ import (
 )
 
 // number is a count from the environment, for `make stress`, or a small one.
-func number(t *testing.T, variable string, otherwise int) int {
+func fromEnv(t *testing.T, variable string, otherwise int) int {
 	t.Helper()
 	text := os.Getenv(variable)
 	if text == "" {
@@ -35,7 +35,7 @@ func number(t *testing.T, variable string, otherwise int) int {
 // times): each start gets its own exit code, and the thousandth leaves what the
 // first left.
 func TestRestarts(t *testing.T) {
-	restarts := number(t, "STRESS_RESTARTS", 10)
+	restarts := fromEnv(t, "STRESS_RESTARTS", 10)
 	b, err := create(t, options{image: busybox, args: []string{"true"}})
 	must(t, err)
 	must(t, b.task.Start(b.ctx))
@@ -100,8 +100,8 @@ type slot struct {
 // Each does what it should in the container's state, or fails by the right
 // kind of error; in the end nothing is left. STRESS_SEED repeats a run.
 func TestRandomOperations(t *testing.T) {
-	seed := uint64(number(t, "STRESS_SEED", int(time.Now().UnixNano()&0x7fffffff)))
-	operations := number(t, "STRESS_OPERATIONS", 40)
+	seed := uint64(fromEnv(t, "STRESS_SEED", int(time.Now().UnixNano()&0x7fffffff)))
+	operations := fromEnv(t, "STRESS_OPERATIONS", 40)
 	fmt.Printf("stress: STRESS_SEED=%d\n", seed)
 	random := rand.New(rand.NewPCG(seed, 0))
 	run(t, options{image: busybox, args: []string{"true"}})

@@ -3,6 +3,7 @@ package lxc
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"slices"
 	"strconv"
@@ -186,6 +187,12 @@ var (
 		specs.MpolFNumaBalancing: 1 << 13, specs.MpolFRelativeNodes: 1 << 14, specs.MpolFStaticNodes: 1 << 15,
 	}
 )
+
+// MemoryPolicyModes are the modes linux.memoryPolicy may name.
+func MemoryPolicyModes() []specs.MemoryPolicyModeType { return slices.Sorted(maps.Keys(memoryModes)) }
+
+// MemoryPolicyFlags are the flags linux.memoryPolicy may name.
+func MemoryPolicyFlags() []specs.MemoryPolicyFlagType { return slices.Sorted(maps.Keys(memoryFlags)) }
 
 // memoryPolicy translates linux.memoryPolicy; nil for none.
 func memoryPolicy(p *specs.LinuxMemoryPolicy) (*plan.MemoryPolicy, error) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"time"
 
@@ -29,28 +30,51 @@ func cgroupDir(path string) string { return filepath.Join(cgroupRoot, path) }
 
 // cgroup is the container's cgroup X.
 type cgroup struct {
-	path      string
-	manager   *fs2.Manager
-	resources *cgroups.Resources
+	path    string
+	manager cgroups.Manager
+	// limits are all that were asked for: the kernel's files hold pairs (quota
+	// and period) and sums (memory and swap), of which an update may name one.
+	limits  *cgroups.Resources
+	devices []specs.LinuxDeviceCgroup
+	holder  *holder // with systemd, until the container's init is there
 }
 
-// createCgroup makes X with its limits and lets its children have all controllers.
-func createCgroup(path string, r *cgroups.Resources) (*cgroup, error) {
+// createCgroup makes X with its limits and lets its children have all
+// controllers. The number of processes is limited later (see limitPids).
+func createCgroup(ctx context.Context, path string, unit *unit, program *initProgram, spec *specs.LinuxResources, r *cgroups.Resources) (_ *cgroup, retErr error) {
 	dir := cgroupDir(path)
-	m, err := fs2.NewManager(&cgroups.Cgroup{Path: path, Resources: r}, dir)
-	if err != nil {
+	c := &cgroup{path: path, limits: r}
+	if spec != nil {
+		c.devices = spec.Devices
+	}
+	if unit != nil {
+		if err := c.startScope(ctx, unit, program); err != nil {
+			return nil, err
+		}
+	} else {
+		m, err := fs2.NewManager(&cgroups.Cgroup{Path: path, Resources: &cgroups.Resources{}}, dir)
+		if err != nil {
+			return nil, err
+		}
+		if err := m.Apply(-1); err != nil {
+			return nil, fmt.Errorf("linux.cgroupsPath: make cgroup %s: %w", path, err)
+		}
+		c.manager = m
+	}
+	defer func() {
+		if retErr != nil {
+			c.holder.release()
+		}
+	}()
+	early := *r
+	early.PidsLimit = nil
+	if err := setAll(c.manager, &early); err != nil {
 		return nil, err
-	}
-	if err := m.Apply(-1); err != nil {
-		return nil, fmt.Errorf("make cgroup %s: %w", path, err)
-	}
-	if err := m.Set(r); err != nil {
-		return nil, fmt.Errorf("linux.resources: %w", err)
 	}
 	if err := delegate(dir); err != nil {
 		return nil, err
 	}
-	return &cgroup{path: path, manager: m, resources: r}, nil
+	return c, nil
 }
 
 // delegate gives every controller the cgroup has to its children.
@@ -69,22 +93,120 @@ func delegate(dir string) error {
 	return nil
 }
 
+// setAll sets the limits, field by field, so that an error can name its own.
+func setAll(m cgroups.Manager, r *cgroups.Resources) error {
+	dir := m.Path("")
+	if len(r.BlkioWeightDevice) > 0 {
+		// The library leaves them out then.
+		if _, err := os.Stat(filepath.Join(dir, "io.bfq.weight")); err != nil {
+			return fmt.Errorf("linux.resources.blockIO.weightDevice: %w, it takes the bfq scheduler: %w", err, errdefs.ErrFailedPrecondition)
+		}
+	}
+	for key := range r.Unified {
+		if err := checkUnified(dir, key); err != nil {
+			return err
+		}
+	}
+	for _, part := range split(r) {
+		if err := m.Set(part.r); err != nil {
+			return resourceError("linux.resources."+part.field, err)
+		}
+	}
+	return nil
+}
+
+// part are the limits of one field of linux.resources.
+type part struct {
+	field string
+	r     *cgroups.Resources
+}
+
+// split takes the limits apart; fields that ask for nothing are left out.
+func split(r *cgroups.Resources) []part {
+	var out []part
+	add := func(field string, wanted bool, r cgroups.Resources) {
+		if wanted {
+			r.SkipDevices = r.Devices == nil
+			out = append(out, part{field, &r})
+		}
+	}
+	add("devices", !r.SkipDevices, cgroups.Resources{Devices: r.Devices})
+	add("memory", r.Memory != 0 || r.MemoryReservation != 0 || r.MemorySwap != 0, cgroups.Resources{
+		Memory: r.Memory, MemoryReservation: r.MemoryReservation, MemorySwap: r.MemorySwap, MemoryCheckBeforeUpdate: r.MemoryCheckBeforeUpdate})
+	add("cpu", r.CpuWeight != 0 || r.CpuQuota != 0 || r.CpuPeriod != 0 || r.CPUIdle != nil || r.CpuBurst != nil, cgroups.Resources{
+		CpuShares: r.CpuShares, CpuWeight: r.CpuWeight, CpuQuota: r.CpuQuota, CpuPeriod: r.CpuPeriod, CPUIdle: r.CPUIdle, CpuBurst: r.CpuBurst})
+	add("cpu.cpus", r.CpusetCpus != "", cgroups.Resources{CpusetCpus: r.CpusetCpus})
+	add("cpu.mems", r.CpusetMems != "", cgroups.Resources{CpusetMems: r.CpusetMems})
+	add("pids", r.PidsLimit != nil, cgroups.Resources{PidsLimit: r.PidsLimit})
+	add("blockIO", r.BlkioWeight != 0 || len(r.BlkioWeightDevice)+len(r.BlkioThrottleReadBpsDevice)+len(r.BlkioThrottleWriteBpsDevice)+
+		len(r.BlkioThrottleReadIOPSDevice)+len(r.BlkioThrottleWriteIOPSDevice) > 0, cgroups.Resources{
+		BlkioWeight: r.BlkioWeight, BlkioWeightDevice: r.BlkioWeightDevice,
+		BlkioThrottleReadBpsDevice: r.BlkioThrottleReadBpsDevice, BlkioThrottleWriteBpsDevice: r.BlkioThrottleWriteBpsDevice,
+		BlkioThrottleReadIOPSDevice: r.BlkioThrottleReadIOPSDevice, BlkioThrottleWriteIOPSDevice: r.BlkioThrottleWriteIOPSDevice})
+	add("hugepageLimits", len(r.HugetlbLimit) > 0, cgroups.Resources{HugetlbLimit: r.HugetlbLimit})
+	add("rdma", len(r.Rdma) > 0, cgroups.Resources{Rdma: r.Rdma})
+	add("unified", len(r.Unified) > 0, cgroups.Resources{Unified: r.Unified})
+	return out
+}
+
+// checkUnified refuses a file that this cgroup has not.
+func checkUnified(dir, key string) error {
+	controller, _, ok := strings.Cut(key, ".")
+	if !ok || strings.ContainsAny(key, "/\x00") || controller == "" {
+		return fmt.Errorf("linux.resources.unified: %q is no file name of the form controller.parameter: %w", key, errdefs.ErrInvalidArgument)
+	}
+	if controller == "cgroup" {
+		return fmt.Errorf("linux.resources.unified: %q is not for a container to set: %w", key, errdefs.ErrInvalidArgument)
+	}
+	if _, err := os.Stat(filepath.Join(dir, key)); err != nil {
+		return fmt.Errorf("linux.resources.unified: this host's cgroups have no %q: %w", key, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// resourceError tells what kind of failure it is that the kernel, or the library
+// before it, did not take a limit.
+func resourceError(field string, err error) error {
+	var kind error = errdefs.ErrInvalidArgument
+	for _, lacking := range []error{os.ErrNotExist, unix.EBUSY, unix.EPERM, unix.EACCES} {
+		if errors.Is(err, lacking) {
+			kind = errdefs.ErrFailedPrecondition // a controller, a device or the file system is not as it takes
+		}
+	}
+	return fmt.Errorf("%s: %w: %w", field, err, kind)
+}
+
 func (c *cgroup) payloadDir() string { return filepath.Join(cgroupDir(c.path), payload) }
 
-// mirror repeats the limits in the payload cgroup, which is the root of the
+// mirror repeats limits in the payload cgroup, which is the root of the
 // container's cgroup namespace: programs that size themselves by
-// /sys/fs/cgroup/memory.max or cpu.max must find them there.
-func (c *cgroup) mirror() error {
-	r := *c.resources
+// /sys/fs/cgroup/memory.max or cpu.max must find them there. Device rules stay
+// with X, out of the container's reach.
+func (c *cgroup) mirror(limits *cgroups.Resources) error {
+	r := *limits
 	r.Devices, r.SkipDevices = nil, true
-	m, err := fs2.NewManager(&cgroups.Cgroup{Path: filepath.Join(c.path, payload), Resources: &r}, c.payloadDir())
+	m, err := fs2.NewManager(&cgroups.Cgroup{Path: filepath.Join(c.path, payload), Resources: &cgroups.Resources{}}, c.payloadDir())
 	if err != nil {
 		return err
 	}
-	if err := m.Set(&r); err != nil {
-		return fmt.Errorf("linux.resources in the payload: %w", err)
+	if err := setAll(m, &r); err != nil {
+		return fmt.Errorf("in the payload: %w", err)
 	}
 	return nil
+}
+
+// settle is called once the container's init is in the payload cgroup: it sets
+// what could not be set before. A low limit of processes would have kept liblxc
+// and the threads of pve-init from working; it stops nothing that runs already.
+func (c *cgroup) settle() error {
+	c.holder.release()
+	c.holder = nil
+	if c.limits.PidsLimit != nil {
+		if err := setAll(c.manager, &cgroups.Resources{PidsLimit: c.limits.PidsLimit, SkipDevices: true}); err != nil {
+			return err
+		}
+	}
+	return c.mirror(c.limits)
 }
 
 func (c *cgroup) freeze(on bool) error {
@@ -95,8 +217,6 @@ func (c *cgroup) freeze(on bool) error {
 	if err := c.manager.Freeze(to); err != nil {
 		return fmt.Errorf("freezer of %s: %w", c.path, err)
 	}
-	// Else a later Update would set it again.
-	c.resources.Freezer = cgroups.Undefined
 	return nil
 }
 
@@ -105,14 +225,47 @@ func (c *cgroup) update(spec *specs.LinuxResources) error {
 	if err != nil {
 		return err
 	}
-	r.Devices, r.SkipDevices = nil, true
+	// CRI sends the rules the container was made with along.
+	if spec == nil || len(spec.Devices) == 0 || reflect.DeepEqual(spec.Devices, c.devices) {
+		r.Devices, r.SkipDevices = nil, true
+	}
+	c.complete(r)
 	// Raised limits must be raised outside first, lowered ones may stand for a
 	// moment inside: the smaller one always counts.
-	if err := c.manager.Set(r); err != nil {
-		return fmt.Errorf("linux.resources: %w", err)
+	if err := setAll(c.manager, r); err != nil {
+		return err
 	}
-	c.resources = r
-	return c.mirror()
+	c.remember(r)
+	if !r.SkipDevices {
+		c.devices = spec.Devices
+	}
+	return c.mirror(r)
+}
+
+// complete adds what the kernel sets together with what is to be changed.
+func (c *cgroup) complete(r *cgroups.Resources) {
+	switch {
+	case r.Memory == 0 && r.MemorySwap != 0:
+		r.Memory = c.limits.Memory
+	case r.Memory > 0 && r.MemorySwap == 0:
+		r.MemorySwap = c.limits.MemorySwap
+	}
+	switch {
+	case r.CpuQuota == 0 && r.CpuPeriod != 0:
+		r.CpuQuota = c.limits.CpuQuota
+	case r.CpuQuota != 0 && r.CpuPeriod == 0:
+		r.CpuPeriod = c.limits.CpuPeriod
+	}
+}
+
+// remember keeps what complete needs for the next update.
+func (c *cgroup) remember(r *cgroups.Resources) {
+	if r.Memory != 0 {
+		c.limits.Memory, c.limits.MemorySwap = r.Memory, r.MemorySwap
+	}
+	if r.CpuQuota != 0 || r.CpuPeriod != 0 {
+		c.limits.CpuQuota, c.limits.CpuPeriod = r.CpuQuota, r.CpuPeriod
+	}
 }
 
 func (c *cgroup) pids() ([]int, error) {
@@ -221,6 +374,9 @@ func resources(spec *specs.LinuxResources) (*cgroups.Resources, error) {
 		if m.DisableOOMKiller != nil && *m.DisableOOMKiller {
 			return nil, unsupported("linux.resources.memory.disableOOMKiller")
 		}
+		if m.UseHierarchy != nil && !*m.UseHierarchy {
+			return nil, unsupported("linux.resources.memory.useHierarchy false")
+		}
 		set(&r.Memory, m.Limit)
 		set(&r.MemoryReservation, m.Reservation)
 		set(&r.MemorySwap, m.Swap)
@@ -243,13 +399,24 @@ func resources(spec *specs.LinuxResources) (*cgroups.Resources, error) {
 		r.PidsLimit = p.Limit
 	}
 	if b := spec.BlockIO; b != nil {
+		if b.LeafWeight != nil && *b.LeafWeight != 0 {
+			return nil, unsupported("linux.resources.blockIO.leafWeight")
+		}
+		if err := checkWeight("linux.resources.blockIO.weight", b.Weight); err != nil {
+			return nil, err
+		}
 		set(&r.BlkioWeight, b.Weight)
-		set(&r.BlkioLeafWeight, b.LeafWeight)
-		for _, d := range b.WeightDevice {
-			var weight, leaf uint16
-			set(&weight, d.Weight)
-			set(&leaf, d.LeafWeight)
-			r.BlkioWeightDevice = append(r.BlkioWeightDevice, cgroups.NewWeightDevice(d.Major, d.Minor, weight, leaf))
+		for i, d := range b.WeightDevice {
+			field := fmt.Sprintf("linux.resources.blockIO.weightDevice[%d]", i)
+			if d.LeafWeight != nil && *d.LeafWeight != 0 {
+				return nil, unsupported(field + ".leafWeight")
+			}
+			if err := checkWeight(field+".weight", d.Weight); err != nil {
+				return nil, err
+			}
+			if d.Weight != nil {
+				r.BlkioWeightDevice = append(r.BlkioWeightDevice, cgroups.NewWeightDevice(d.Major, d.Minor, *d.Weight, 0))
+			}
 		}
 		throttle := func(list []specs.LinuxThrottleDevice) (out []*cgroups.ThrottleDevice) {
 			for _, d := range list {
@@ -276,6 +443,14 @@ func resources(spec *specs.LinuxResources) (*cgroups.Resources, error) {
 	}
 	r.Unified = spec.Unified
 	return r, nil
+}
+
+// checkWeight refuses what the runtime spec does not allow; 0 leaves the kernel's.
+func checkWeight(field string, weight *uint16) error {
+	if weight != nil && *weight != 0 && (*weight < 10 || *weight > 1000) {
+		return fmt.Errorf("%s %d is not in 10 to 1000: %w", field, *weight, errdefs.ErrInvalidArgument)
+	}
+	return nil
 }
 
 // set copies a value that is there.

@@ -118,7 +118,7 @@ func (c *Container) launch(ctx context.Context, start string, program *initProgr
 		return err
 	}
 	c.attach(m.pid, pidfd, console)
-	if err := c.cgroup.mirror(); err != nil {
+	if err := c.cgroup.settle(); err != nil {
 		return err
 	}
 	if h := c.spec.Hooks; h != nil {

@@ -74,6 +74,8 @@ type CreateOptions struct {
 	Rootfs string
 	// Spec is the parsed config.json.
 	Spec *specs.Spec
+	// SystemdCgroup has systemd make the container's cgroup.
+	SystemdCgroup bool
 	// Stdio of the container's init.
 	Stdio Stdio
 }
@@ -186,7 +188,7 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 		return nil, err
 	}
 	warn(ctx, o.Spec.Process)
-	st.Cgroup = t.cgroup
+	st.Cgroup, st.Unit = t.cgroup, t.unit
 	if f := t.process.Seccomp; f != nil {
 		if err := checkListener(o.Spec.Linux.Seccomp, f.Notify); err != nil {
 			return nil, err
@@ -210,7 +212,7 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 		return nil, err
 	}
 
-	cg, err := createCgroup(t.cgroup, t.resources)
+	cg, err := createCgroup(ctx, t.cgroup, t.unit, hook, o.Spec.Linux.Resources, t.resources)
 	if err != nil {
 		return nil, err
 	}
@@ -223,6 +225,11 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 		cgroup:    cg,
 		sharedPID: t.sharedPID,
 	}
+	defer func() {
+		if retErr != nil {
+			cg.holder.release()
+		}
+	}()
 	if err := writeJSON(filepath.Join(stateDir(o.Bundle), mountsFile), t.mounts); err != nil {
 		return nil, err
 	}

@@ -27,6 +27,7 @@ type state struct {
 	Name      string `json:"name"`
 	LXCPath   string `json:"lxcPath"`
 	Cgroup    string `json:"cgroup"`
+	Unit      *unit  `json:"unit,omitempty"`
 }
 
 func stateDir(bundle string) string { return filepath.Join(bundle, "lxc") }
@@ -102,6 +103,11 @@ func (s *state) erase(ctx context.Context, bundle string) error {
 		removeCgroup(ctx, cgroupDir(s.monitorCgroup())),
 	); err != nil {
 		return err
+	}
+	if s.Unit != nil {
+		if err := s.Unit.stop(); err != nil {
+			return err
+		}
 	}
 	if err := os.RemoveAll(filepath.Join(s.LXCPath, s.Name)); err != nil {
 		return err

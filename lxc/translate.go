@@ -23,6 +23,7 @@ type translation struct {
 	mounts    *plan.Mounts
 	process   *plan.Process
 	cgroup    string
+	unit      *unit // with systemd's cgroup driver
 	resources *cgroups.Resources
 	sharedPID bool
 }
@@ -65,17 +66,9 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 	if err := check(spec); err != nil {
 		return nil, err
 	}
-	t := &translation{cgroup: spec.Linux.CgroupsPath}
-	switch {
-	case t.cgroup == "":
-		t.cgroup = "/containerd-pve/containers/" + name
-	case strings.Contains(t.cgroup, ":"):
-		return nil, fmt.Errorf("linux.cgroupsPath %q asks for systemd's cgroup driver, use cgroupfs: %w", t.cgroup, errdefs.ErrNotImplemented)
-	default:
-		t.cgroup = filepath.Clean("/" + t.cgroup)
-	}
-	if t.cgroup == "/" {
-		return nil, fmt.Errorf("linux.cgroupsPath %q is the root: %w", spec.Linux.CgroupsPath, errdefs.ErrInvalidArgument)
+	t := &translation{}
+	if err := t.place(spec.Linux.CgroupsPath, name, o.SystemdCgroup); err != nil {
+		return nil, err
 	}
 	var err error
 	if t.resources, err = resources(spec.Linux.Resources); err != nil {
@@ -220,6 +213,29 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 		}
 	}
 	return t, nil
+}
+
+// place finds the container's cgroup.
+func (t *translation) place(path, name string, withSystemd bool) (err error) {
+	if withSystemd {
+		if t.unit, err = parseUnit(path, name); err != nil {
+			return err
+		}
+		t.cgroup, err = t.unit.cgroup()
+		return err
+	}
+	switch {
+	case path == "":
+		t.cgroup = "/containerd-pve/containers/" + name
+	case strings.Count(path, ":") == 2:
+		return invalid("linux.cgroupsPath %q is for systemd's cgroup driver: set the runtime option SystemdCgroup", path)
+	default:
+		t.cgroup = filepath.Clean("/" + path)
+	}
+	if t.cgroup == "/" {
+		return invalid("linux.cgroupsPath %q is the root", path)
+	}
+	return nil
 }
 
 // check refuses what no part of us can apply.

@@ -17,6 +17,7 @@ import (
 	"cmp"
 	"encoding/binary"
 	"fmt"
+	"maps"
 	"runtime"
 	"slices"
 
@@ -47,6 +48,9 @@ const (
 	filterFlagNewListener  = 8
 	filterFlagWaitKillable = 32
 )
+
+// flagTsync is in the runtime spec, but not in its Go package.
+const flagTsync specs.LinuxSeccompFlag = "SECCOMP_FILTER_FLAG_TSYNC"
 
 // abi is one way to call the kernel.
 type abi struct {
@@ -101,6 +105,23 @@ func Compile(profile *specs.LinuxSeccomp) (*plan.Seccomp, error) {
 	return &plan.Seccomp{Filter: out, Flags: flags, Notify: notify}, nil
 }
 
+// Actions, Operators, Architectures and Flags are all that a profile may name.
+func Actions() []specs.LinuxSeccompAction {
+	return []specs.LinuxSeccompAction{specs.ActAllow, specs.ActErrno, specs.ActKill, specs.ActKillProcess, specs.ActKillThread,
+		specs.ActLog, specs.ActNotify, specs.ActTrace, specs.ActTrap}
+}
+
+// Operators: see Actions.
+func Operators() []specs.LinuxSeccompOperator { return slices.Sorted(maps.Keys(comparisons)) }
+
+// Architectures: see Actions.
+func Architectures() []specs.Arch { return slices.Sorted(maps.Keys(abis)) }
+
+// Flags: see Actions.
+func Flags() []specs.LinuxSeccompFlag {
+	return []specs.LinuxSeccompFlag{flagTsync, specs.LinuxSeccompFlagLog, specs.LinuxSeccompFlagSpecAllow, specs.LinuxSeccompFlagWaitKillableRecv}
+}
+
 // notifies says whether some syscall is left to the listener to decide.
 func notifies(profile *specs.LinuxSeccomp) bool {
 	return profile.DefaultAction == specs.ActNotify ||
@@ -117,7 +138,7 @@ func filterFlags(flags []specs.LinuxSeccompFlag, notify bool) (uint, error) {
 	}
 	for _, f := range flags {
 		switch f {
-		case "SECCOMP_FILTER_FLAG_TSYNC":
+		case flagTsync:
 			// The filter is loaded by the thread that executes the entrypoint:
 			// there are no others to keep in step with.
 		case specs.LinuxSeccompFlagLog:

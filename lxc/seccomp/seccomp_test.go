@@ -136,6 +136,63 @@ func TestRules(t *testing.T) {
 	}
 }
 
+// TestEffective: several rules for one syscall, as runc and libseccomp take them.
+func TestEffective(t *testing.T) {
+	errno := func(n uint) *uint { return &n }
+	arg := func(i uint, op specs.LinuxSeccompOperator, v uint64) specs.LinuxSeccompArg {
+		return specs.LinuxSeccompArg{Index: i, Value: v, Op: op}
+	}
+	program, err := assemble(&specs.LinuxSeccomp{DefaultAction: specs.ActErrno, Syscalls: []specs.LinuxSyscall{
+		{Names: []string{"read"}, Action: specs.ActErrno, Args: []specs.LinuxSeccompArg{arg(0, specs.OpEqualTo, 1)}}, // the default: nothing
+		{Names: []string{"read"}, Action: specs.ActAllow},
+		{Names: []string{"write"}, Action: specs.ActErrno, ErrnoRet: errno(5), Args: []specs.LinuxSeccompArg{arg(0, specs.OpEqualTo, 1)}},
+		{Names: []string{"write"}, Action: specs.ActAllow}, // alone
+		{Names: []string{"write"}, Action: specs.ActKill},
+		{Names: []string{"flock"}, Action: specs.ActAllow, Args: []specs.LinuxSeccompArg{arg(1, specs.OpGreaterEqual, 10), arg(1, specs.OpLessEqual, 3)}},
+		{Names: []string{"tee"}, Action: specs.ActErrno, ErrnoRet: errno(5), Args: []specs.LinuxSeccompArg{arg(0, specs.OpEqualTo, 1), arg(1, specs.OpEqualTo, 2)}},
+		{Names: []string{"tee"}, Action: specs.ActAllow, Args: []specs.LinuxSeccompArg{arg(0, specs.OpEqualTo, 1)}},
+	}}, "amd64")
+	if err != nil {
+		t.Fatal(err)
+	}
+	x := arch.X86_64
+	for _, c := range []struct {
+		name string
+		args []uint64
+		want uint32
+	}{
+		{"read", []uint64{1}, allow}, {"read", []uint64{2}, allow}, {"write", []uint64{1}, allow},
+		{"flock", []uint64{0, 10}, allow}, {"flock", []uint64{0, 3}, allow}, {"flock", []uint64{0, 5}, eperm},
+		{"tee", []uint64{1, 2}, unix.SECCOMP_RET_ERRNO | 5}, {"tee", []uint64{1, 3}, allow}, {"tee", []uint64{2, 2}, eperm},
+	} {
+		if got := filter(t, program, x.ID, num(x, c.name), c.args...); got != c.want {
+			t.Errorf("%s %v: %#x, want %#x", c.name, c.args, got, c.want)
+		}
+	}
+}
+
+// TestFlags: what seccomp(2) is told.
+func TestFlags(t *testing.T) {
+	notify := []specs.LinuxSyscall{{Names: []string{"mkdir"}, Action: specs.ActNotify}}
+	for _, c := range []struct {
+		flags  []specs.LinuxSeccompFlag
+		calls  []specs.LinuxSyscall
+		want   uint
+		notify bool
+	}{
+		{nil, nil, filterFlagSpecAllow, false},
+		{[]specs.LinuxSeccompFlag{}, nil, 0, false},
+		{[]specs.LinuxSeccompFlag{flagTsync, specs.LinuxSeccompFlagLog}, nil, filterFlagLog, false},
+		{nil, notify, filterFlagSpecAllow | filterFlagNewListener, true},
+		{[]specs.LinuxSeccompFlag{specs.LinuxSeccompFlagWaitKillableRecv}, notify, filterFlagNewListener | filterFlagWaitKillable, true},
+	} {
+		out, err := Compile(&specs.LinuxSeccomp{DefaultAction: specs.ActAllow, Flags: c.flags, Syscalls: c.calls, ListenerPath: "/x"})
+		if err != nil || out.Flags != c.want || out.Notify != c.notify {
+			t.Errorf("%v: %+v, %v", c.flags, out, err)
+		}
+	}
+}
+
 // TestDefaultProfile looks at every syscall of every ABI of containerd's profile.
 func TestDefaultProfile(t *testing.T) {
 	spec := &specs.Spec{Process: &specs.Process{Capabilities: &specs.LinuxCapabilities{}}}
@@ -205,7 +262,9 @@ func TestErrors(t *testing.T) {
 		profile *specs.LinuxSeccomp
 		want    error
 	}{
-		"notify":        {rule(specs.LinuxSyscall{Names: []string{"read"}, Action: specs.ActNotify}), errdefs.ErrNotImplemented},
+		"notify nobody": {rule(specs.LinuxSyscall{Names: []string{"read"}, Action: specs.ActNotify}), errdefs.ErrInvalidArgument},
+		"metadata":      {&specs.LinuxSeccomp{DefaultAction: specs.ActAllow, ListenerMetadata: "x"}, errdefs.ErrInvalidArgument},
+		"wait killable": {&specs.LinuxSeccomp{DefaultAction: specs.ActAllow, Flags: []specs.LinuxSeccompFlag{specs.LinuxSeccompFlagWaitKillableRecv}}, errdefs.ErrInvalidArgument},
 		"action":        {rule(specs.LinuxSyscall{Names: []string{"read"}, Action: "SCMP_ACT_X"}), errdefs.ErrInvalidArgument},
 		"names":         {rule(specs.LinuxSyscall{Action: specs.ActErrno}), errdefs.ErrInvalidArgument},
 		"errno":         {rule(specs.LinuxSyscall{Names: []string{"read"}, Action: specs.ActKill, ErrnoRet: &one}), errdefs.ErrInvalidArgument},

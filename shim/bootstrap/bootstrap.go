@@ -43,6 +43,7 @@ import (
 
 	"github.com/containerd-pve/containerd-pve/lxc"
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
+	"github.com/containerd-pve/containerd-pve/lxc/seccomp"
 	_ "github.com/containerd-pve/containerd-pve/shim/task" // registers the service
 )
 
@@ -372,10 +373,17 @@ func (manager) Info(_ context.Context, stdin io.Reader) (*types.RuntimeInfo, err
 		Hooks:         []string{"prestart", "createRuntime", "startContainer", "poststart", "poststop"},
 		MountOptions:  plan.MountOptions(),
 		Linux: &features.Linux{
-			Namespaces: []string{"cgroup", "ipc", "mount", "network", "pid", "uts"},
-			Cgroup:     &features.Cgroup{V1: &no, V2: &yes, Systemd: &no, SystemdUser: &no, Rdma: &yes},
-			Seccomp:    &features.Seccomp{Enabled: &yes},
-			Apparmor:   &features.Apparmor{Enabled: &yes},
+			Namespaces:   []string{"cgroup", "ipc", "mount", "network", "pid", "uts"},
+			Cgroup:       &features.Cgroup{V1: &no, V2: &yes, Systemd: &yes, SystemdUser: &no, Rdma: &yes},
+			Capabilities: plan.Capabilities,
+			Seccomp: &features.Seccomp{
+				Enabled: &yes, Actions: names(seccomp.Actions()), Operators: names(seccomp.Operators()), Archs: names(seccomp.Architectures()),
+				KnownFlags: names(seccomp.Flags()), SupportedFlags: names(seccomp.Flags()),
+			},
+			Apparmor:     &features.Apparmor{Enabled: &yes},
+			Selinux:      &features.Selinux{Enabled: &yes},
+			IntelRdt:     &features.IntelRdt{Enabled: &no},
+			MemoryPolicy: &features.MemoryPolicy{Modes: names(lxc.MemoryPolicyModes()), Flags: names(lxc.MemoryPolicyFlags())},
 			MountExtensions: &features.MountExtensions{
 				IDMap: &features.IDMap{Enabled: &no},
 			},
@@ -387,4 +395,13 @@ func (manager) Info(_ context.Context, stdin io.Reader) (*types.RuntimeInfo, err
 	}
 	info.Features = &anypb.Any{TypeUrl: a.GetTypeUrl(), Value: a.GetValue()}
 	return info, nil
+}
+
+// names are the words of a list of one of the runtime spec's types.
+func names[T ~string](list []T) []string {
+	out := make([]string, len(list))
+	for i, n := range list {
+		out[i] = string(n)
+	}
+	return out
 }

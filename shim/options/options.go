@@ -21,6 +21,8 @@ import (
 type Options struct {
 	// LXC says where LXC's things are.
 	LXC lxc.Config
+	// SystemdCgroup asks for systemd's cgroup driver.
+	SystemdCgroup bool
 	// IOUID and IOGID own the container's stdio pipes.
 	IOUID, IOGID int
 }
@@ -34,7 +36,7 @@ type file struct {
 	LXCStart string
 	// Init is the pve-init program.
 	Init string
-	// SystemdCgroup is known to be refused with a reason.
+	// SystemdCgroup asks for systemd's cgroup driver.
 	SystemdCgroup bool
 }
 
@@ -72,10 +74,7 @@ func fromRunc(o *runcoptions.Options) (Options, error) {
 			return Options{}, fmt.Errorf("runtime option %s is runc's own: %w", name, errdefs.ErrInvalidArgument)
 		}
 	}
-	if o.SystemdCgroup {
-		return Options{}, systemdCgroup("systemd_cgroup")
-	}
-	return Options{IOUID: int(o.IoUid), IOGID: int(o.IoGid)}, nil
+	return Options{SystemdCgroup: o.SystemdCgroup, IOUID: int(o.IoUid), IOGID: int(o.IoGid)}, nil
 }
 
 func fromTOML(name string, body []byte) (Options, error) {
@@ -89,16 +88,9 @@ func fromTOML(name string, body []byte) (Options, error) {
 			for _, e := range strict.Errors {
 				keys = append(keys, strings.Join(e.Key(), "."))
 			}
-			return Options{}, fmt.Errorf("%s: unknown key %s (known: LXCPath, LXCStart, Init): %w", name, strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+			return Options{}, fmt.Errorf("%s: unknown key %s (known: LXCPath, LXCStart, Init, SystemdCgroup): %w", name, strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 		}
 		return Options{}, fmt.Errorf("%s: %w: %w", name, err, errdefs.ErrInvalidArgument)
 	}
-	if f.SystemdCgroup {
-		return Options{}, systemdCgroup("SystemdCgroup")
-	}
-	return Options{LXC: lxc.Config{Path: f.LXCPath, Start: f.LXCStart, Init: f.Init}}, nil
-}
-
-func systemdCgroup(key string) error {
-	return fmt.Errorf("runtime option %s: systemd's cgroup driver is not supported, set it to false: %w", key, errdefs.ErrNotImplemented)
+	return Options{SystemdCgroup: f.SystemdCgroup, LXC: lxc.Config{Path: f.LXCPath, Start: f.LXCStart, Init: f.Init}}, nil
 }

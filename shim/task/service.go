@@ -218,7 +218,7 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
 	c, err := s.engine.Create(ctx, o.LXC, lxc.CreateOptions{
-		Namespace: s.namespace, ID: r.ID, Bundle: r.Bundle, Rootfs: t.rootfs, Spec: spec, Stdio: p.io.Child(),
+		Namespace: s.namespace, ID: r.ID, Bundle: r.Bundle, Rootfs: t.rootfs, Spec: spec, SystemdCgroup: o.SystemdCgroup, Stdio: p.io.Child(),
 	})
 	if err != nil {
 		_ = p.io.Started(nil) // its ends of the pipes are nobody's now
