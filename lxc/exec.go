@@ -7,11 +7,16 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
+	"strings"
 	"syscall"
+	"time"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+
+	"github.com/containerd-pve/containerd-pve/lxc/plan"
 )
 
 // Exec runs one more process in the container and returns when it has been
@@ -65,9 +70,16 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 	}
 	defer cgroup.Close()
 
+	if err := stdio.own(c.user, full.User.UID); err != nil {
+		return nil, err
+	}
+	args := []string{"pve-init", "exec", "3", "5"}
+	if c.enter != 0 {
+		args = []string{"pve-init", "enter", "3", "4", "5"}
+	}
 	cmd := &exec.Cmd{
 		Path:       "/proc/self/fd/4",
-		Args:       []string{"pve-init", "exec", "3", "5"},
+		Args:       args,
 		Env:        []string{},
 		Dir:        "/",
 		ExtraFiles: []*os.File{theirs, exe, pidfd},
@@ -95,16 +107,28 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 	}
 	theirs.Close()
 
+	child := cmd.Process
+	wait := func() (*os.ProcessState, error) { err := cmd.Wait(); return cmd.ProcessState, err }
+	if c.enter != 0 {
+		if child, err = c.entered(ctx, cmd, ours, process); err != nil {
+			return nil, fmt.Errorf("exec in container %s: %w", c.state.ID, err)
+		}
+		process.OOMScoreAdj = nil // set on the way in
+		wait = child.Wait
+	}
 	p := newProcess()
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		_ = cmd.Wait()
-		p.finish(exitOf(cmd.ProcessState.Sys().(syscall.WaitStatus)))
+		exit := ExitStatus{Code: 255, At: time.Now()}
+		if state, _ := wait(); state != nil {
+			exit = exitOf(state.Sys().(syscall.WaitStatus))
+		}
+		p.finish(exit)
 	}()
 	defer func() {
 		if retErr != nil {
-			_ = cmd.Process.Kill()
+			_ = child.Kill()
 			<-ended
 		}
 	}()
@@ -133,7 +157,7 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 		return nil, err
 	}
 	// The process may have ended already; then Kill answers NotFound.
-	pid := cmd.Process.Pid
+	pid := child.Pid
 	handle, err := openPidfd(pid)
 	p.mu.Lock()
 	p.pid, p.console = pid, console
@@ -144,4 +168,57 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 	}
 	p.mu.Unlock()
 	return p, nil
+}
+
+// entered waits for pve-init's way in, which ends with another process, a child
+// of ours as well.
+func (c *Container) entered(ctx context.Context, cmd *exec.Cmd, ours *channel, process *plan.Process) (*os.Process, error) {
+	m, err := func() (*message, error) {
+		if err := ours.send(ctx, plan.Enter{Namespaces: c.enter, OOMScoreAdj: process.OOMScoreAdj, Rlimits: process.Rlimits}); err != nil {
+			return nil, err
+		}
+		return ours.receive(ctx)
+	}()
+	if err != nil {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		return nil, fmt.Errorf("pve-init gave up: %w", errors.Join(err, errdefs.ErrInternal))
+	}
+	defer m.close()
+	_ = cmd.Wait()
+	var child *os.Process
+	if len(m.files) == 1 {
+		pid, err := pidOf(m.files[0])
+		if err != nil {
+			return nil, err
+		}
+		// Nobody but us waits for it, so the pid stays its own.
+		if child, err = os.FindProcess(pid); err != nil {
+			return nil, err
+		}
+	}
+	if m.Error != nil {
+		if child != nil {
+			_, _ = child.Wait()
+		}
+		return nil, typed(m.Error)
+	}
+	if child == nil {
+		return nil, fmt.Errorf("pve-init handed over no process: %w", errdefs.ErrInternal)
+	}
+	return child, nil
+}
+
+// pidOf is the pid behind a pidfd.
+func pidOf(pidfd *os.File) (int, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", pidfd.Fd()))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(data)) {
+		if text, ok := strings.CutPrefix(line, "Pid:"); ok {
+			return strconv.Atoi(strings.TrimSpace(text))
+		}
+	}
+	return 0, fmt.Errorf("fdinfo of a pidfd without a pid: %w", errdefs.ErrInternal)
 }
