@@ -83,6 +83,8 @@ type options struct {
 	stdin       io.Reader
 	terminal    bool
 	io          cio.Creator
+	// snapshot makes the root, if it is not simply a clone of the image.
+	snapshot func(id string, image client.Image) client.NewContainerOpts
 }
 
 // box is a container and its task.
@@ -127,8 +129,12 @@ func create(t *testing.T, o options) (*box, error) {
 	if o.edit != nil {
 		opts = append(opts, edit(o.edit))
 	}
+	snapshot := client.WithNewSnapshot(o.id, image)
+	if o.snapshot != nil {
+		snapshot = o.snapshot(o.id, image)
+	}
 	b.container, err = b.client.NewContainer(b.ctx, o.id, client.WithImage(image), client.WithSnapshotter(o.snapshotter),
-		client.WithNewSnapshot(o.id, image), client.WithNewSpec(opts...), client.WithRuntime(o.runtime, nil))
+		snapshot, client.WithNewSpec(opts...), client.WithRuntime(o.runtime, nil))
 	if err != nil {
 		return nil, err
 	}

@@ -17,7 +17,7 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// number is a count from the environment, for `make stress`, or a small one.
+// fromEnv is a count from the environment, for `make stress`, or a small one.
 func fromEnv(t *testing.T, variable string, otherwise int) int {
 	t.Helper()
 	text := os.Getenv(variable)

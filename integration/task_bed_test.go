@@ -342,9 +342,9 @@ func TestErrors(t *testing.T) {
 		{"cwd is a file", options{args: []string{"true"}, spec: []oci.SpecOpts{oci.WithProcessCwd("/etc/passwd")}}, "cwd", nil},
 		{"source of a mount missing", options{args: []string{"true"}, spec: []oci.SpecOpts{oci.WithMounts([]specs.Mount{{Type: "bind", Source: "/no/such/source", Destination: "/mnt", Options: []string{"bind"}}})}}, "/no/such/source", nil},
 		{"sysctl of the host", options{args: []string{"true"}, edit: func(s *oci.Spec) { s.Linux.Sysctl = map[string]string{"vm.swappiness": "1"} }}, "vm.swappiness", errdefs.IsInvalidArgument},
-		{"user namespace", options{args: []string{"true"}, edit: func(s *oci.Spec) {
+		{"user namespace without mappings", options{args: []string{"true"}, edit: func(s *oci.Spec) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
-		}}, "namespaces", errdefs.IsNotImplemented},
+		}}, "linux.uidMappings", errdefs.IsInvalidArgument},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			b, err := create(t, c.o)

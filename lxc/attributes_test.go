@@ -132,7 +132,7 @@ func TestUnit(t *testing.T) {
 	} {
 		s := minimal()
 		s.Linux.CgroupsPath = c.path
-		tr, err := translate(CreateOptions{Namespace: "default", ID: "x", Bundle: "/b", Rootfs: "/b/rootfs", Spec: s, SystemdCgroup: true}, "default--x", "/bin/pve-init")
+		tr, err := translate(CreateOptions{Namespace: "default", ID: "x", Bundle: "/b", Rootfs: "/b/rootfs", Spec: s, SystemdCgroup: true}, "default--x")
 		if c.cgroup == "!" {
 			if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "linux.cgroupsPath") {
 				t.Errorf("%q: %v", c.path, err)

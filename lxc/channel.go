@@ -71,13 +71,31 @@ func (c *channel) bound(ctx context.Context) (release func() bool) {
 	return context.AfterFunc(ctx, func() { _ = c.conn.SetDeadline(time.Unix(1, 0)) })
 }
 
-func (c *channel) send(ctx context.Context, v any) error {
+// filesAtOnce is how many descriptors go with one message, below the kernel's 253.
+const filesAtOnce = 250
+
+// send writes one message, with files if it has to take them along.
+func (c *channel) send(ctx context.Context, v any, files ...*os.File) error {
 	data, err := json.Marshal(v)
 	if err != nil {
 		return err
 	}
+	data = append(data, '\n')
 	defer c.bound(ctx)()
-	if _, err := c.conn.Write(append(data, '\n')); err != nil {
+	for len(files) > 0 {
+		lot := files[:min(len(files), filesAtOnce)]
+		fds := make([]int, len(lot))
+		for i, f := range lot {
+			fds[i] = int(f.Fd())
+		}
+		// A byte of the message carries them: there is one for every file.
+		n, _, err := c.conn.WriteMsgUnix(data[:1], unix.UnixRights(fds...), nil)
+		if err != nil {
+			return errors.Join(err, ctx.Err())
+		}
+		data, files = data[n:], files[len(lot):]
+	}
+	if _, err := c.conn.Write(data); err != nil {
 		return errors.Join(err, ctx.Err())
 	}
 	return nil

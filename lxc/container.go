@@ -9,10 +9,12 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -34,29 +36,52 @@ type Container struct {
 	monitor   *monitor
 	sync      *channel // to pve-init until the entrypoint runs
 	sharedPID bool     // init's end does not end the others by itself
+	user      *userNamespace
+	enter     uintptr // see translation.enter
+	hooked    bool    // hooks have run, so that those of the end are due
 }
 
 // launch starts lxc-start and waits for pve-init's word.
-func (c *Container) launch(ctx context.Context, start string, program *initProgram, t *translation, stdio Stdio) (retErr error) {
+func (c *Container) launch(ctx context.Context, start string, pveInit *initProgram, t *translation, trees *trees, o *CreateOptions) (retErr error) {
 	ours, theirs, err := socketpair()
 	if err != nil {
 		return err
 	}
 	defer ours.close()
-	exe, err := program.open()
+	defer theirs.Close()
+	hook, theirHook, err := socketpair()
 	if err != nil {
-		theirs.Close()
 		return err
 	}
+	defer hook.close()
+	defer theirHook.Close()
+	exe, err := pveInit.open()
+	if err != nil {
+		return err
+	}
+	defer exe.Close()
+	inherited := []*os.File{theirs, exe, theirHook} // syncFD, programFD, hookFD
+	if t.cgroupNS != "" {
+		f, err := os.Open(t.cgroupNS) // cgroupFD
+		if err != nil {
+			return fmt.Errorf("linux.namespaces: cgroup: %w: %w", err, errdefs.ErrInvalidArgument)
+		}
+		defer f.Close()
+		inherited = append(inherited, f)
+	}
+	stdio := o.Stdio
 	if c.spec.Process.Terminal {
 		stdio = Stdio{}
 	}
-	c.monitor, err = startMonitor(start, &c.state, c.bundle, stdio, []*os.File{theirs, exe})
-	theirs.Close()
-	exe.Close()
+	if err := stdio.own(c.user, c.spec.Process.User.UID); err != nil {
+		return err
+	}
+	c.monitor, err = startMonitor(start, &c.state, c.bundle, stdio, inherited, t)
 	if err != nil {
 		return err
 	}
+	theirs.Close()
+	theirHook.Close()
 	defer func() {
 		if retErr == nil {
 			return
@@ -72,31 +97,56 @@ func (c *Container) launch(ctx context.Context, start string, program *initProgr
 		c.monitor.fifo.Close()
 	}()
 
-	// In the background: the message may be larger than the socket's buffer,
-	// and nobody reads it if the start fails.
+	// In the background: a message may be larger than the socket's buffer, and
+	// nobody reads it if the start fails.
 	sendCtx, cancel := context.WithCancel(ctx)
+	sent := make(chan struct{})
+	defer func() { <-sent }() // the trees are closed afterwards
 	defer cancel()
-	go func() { _ = ours.send(sendCtx, t.process) }()
+	go func() {
+		defer close(sent)
+		_ = hook.send(sendCtx, t.mounts, trees.files...)
+		_ = ours.send(sendCtx, t.process)
+	}()
 
-	// liblxc can wait for a child that is dead already.
-	waitCtx, cancelWait := context.WithTimeout(ctx, readyLimit)
-	defer cancelWait()
-	m, err := ours.receive(waitCtx)
-	if errors.Is(err, io.EOF) {
-		return c.startFailure(ctx)
-	}
+	m, err := c.next(ctx, hook, readyLimit)
 	if err != nil {
 		return err
 	}
-	if m.Error != nil {
-		m.close()
-		return typed(m.Error)
+	pid, err := parentOf(m.pid)
+	if err != nil {
+		return err
+	}
+	if err := c.beforeHooks(pid, t); err != nil {
+		return err
+	}
+	if h := c.spec.Hooks; h != nil {
+		c.hooked = true
+		st := ociState(o, specs.StateCreating)
+		st.Pid = pid
+		//nolint:staticcheck // prestart is deprecated and still used
+		if err := runHooks(ctx, "prestart", h.Prestart, st); err != nil {
+			return err
+		}
+		if err := runHooks(ctx, "createRuntime", h.CreateRuntime, st); err != nil {
+			return err
+		}
+	}
+	if err := hook.send(ctx, plan.Command{Start: true}); err != nil {
+		return fmt.Errorf("container %s: the mount hook has gone: %w", c.state.ID, err)
+	}
+	// The container's hooks have time limits of their own, or none.
+	if _, err := c.next(ctx, hook, 0); err != nil {
+		return err
+	}
+	if m, err = c.next(ctx, ours, readyLimit); err != nil {
+		return err
 	}
 	wanted := 1
 	if t.process.Terminal {
 		wanted++
 	}
-	if !m.Ready || m.pid <= 0 || len(m.files) != wanted {
+	if m.pid <= 0 || len(m.files) != wanted {
 		m.close()
 		return fmt.Errorf("pve-init reported ready from pid %d with %d files instead of %d: %w", m.pid, len(m.files), wanted, errdefs.ErrInternal)
 	}
@@ -121,18 +171,84 @@ func (c *Container) launch(ctx context.Context, start string, program *initProgr
 	if err := c.cgroup.settle(); err != nil {
 		return err
 	}
-	if h := c.spec.Hooks; h != nil {
-		st := c.ociState(specs.StateCreating)
-		//nolint:staticcheck // prestart is deprecated and still used
-		if err := runHooks(ctx, "prestart", h.Prestart, st); err != nil {
-			return err
-		}
-		if err := runHooks(ctx, "createRuntime", h.CreateRuntime, st); err != nil {
+	go c.reap()
+	return nil
+}
+
+// next is the next event of pve-init, which must be ready. Without a limit it is
+// the context's.
+func (c *Container) next(ctx context.Context, from *channel, limit time.Duration) (*message, error) {
+	// liblxc can wait for a child that is dead already.
+	wait, cancel := ctx, context.CancelFunc(func() {})
+	if limit > 0 {
+		wait, cancel = context.WithTimeout(ctx, limit)
+	}
+	defer cancel()
+	m, err := from.receive(wait)
+	switch {
+	case errors.Is(err, io.EOF):
+		return nil, c.startFailure(ctx)
+	case err != nil:
+		return nil, err
+	case m.Error != nil:
+		m.close()
+		return nil, typed(m.Error)
+	case !m.Ready:
+		m.close()
+		return nil, fmt.Errorf("pve-init sent an event nobody asked for: %w", errdefs.ErrInternal)
+	}
+	return m, nil
+}
+
+// beforeHooks does to the container's first process what takes the host's rights.
+func (c *Container) beforeHooks(pid int, t *translation) error {
+	if t.time != nil {
+		if err := checkTimeNamespace(pid); err != nil {
 			return err
 		}
 	}
-	go c.reap()
+	if c.user == nil {
+		return nil
+	}
+	if adj := t.process.OOMScoreAdj; adj != nil {
+		if err := os.WriteFile(fmt.Sprintf("/proc/%d/oom_score_adj", pid), []byte(strconv.Itoa(*adj)), 0); err != nil {
+			return fmt.Errorf("process.oomScoreAdj %d: %w", *adj, err)
+		}
+	}
+	return raiseLimits(pid, t.process.Rlimits)
+}
+
+// checkTimeNamespace makes sure that the process is in another one than we are.
+// Kernels before 6.3 keep a program that was started by vfork in the old one.
+func checkTimeNamespace(pid int) error {
+	ours, err := os.Readlink("/proc/self/ns/time")
+	if err != nil {
+		return fmt.Errorf("linux.namespaces: time: %w", err)
+	}
+	theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/time", pid))
+	if err != nil {
+		return fmt.Errorf("linux.namespaces: time: %w", err)
+	}
+	if ours == theirs {
+		return fmt.Errorf("linux.namespaces: the container is not in its time namespace (that takes Linux 6.3, or another one than the runtime's): %w", errdefs.ErrFailedPrecondition)
+	}
 	return nil
+}
+
+// parentOf is the parent of a process that waits for us. Of the mount hook it is
+// the container's first process.
+func parentOf(pid int) (int, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	// "pid (name) state ppid …", where the name may hold anything.
+	_, rest, _ := strings.Cut(string(data[bytes.LastIndexByte(data, ')')+1:]), " ")
+	fields := strings.Fields(rest)
+	if len(fields) < 2 {
+		return 0, fmt.Errorf("/proc/%d/stat: %q: %w", pid, data, errdefs.ErrInternal)
+	}
+	return strconv.Atoi(fields[1])
 }
 
 // startFailure finds out why lxc-start ended before pve-init was ready.
@@ -142,11 +258,7 @@ func (c *Container) startFailure(ctx context.Context) error {
 	if err := c.monitor.wait(wait); err != nil {
 		return err
 	}
-	dir := stateDir(c.bundle)
-	if text, err := os.ReadFile(filepath.Join(dir, errorFile)); err == nil && len(text) > 0 {
-		return fmt.Errorf("container %s: %s: %w", c.state.ID, strings.TrimSpace(string(text)), errdefs.ErrInvalidArgument)
-	}
-	log := filepath.Join(dir, logFile)
+	log := filepath.Join(stateDir(c.bundle), logFile)
 	text, _ := os.ReadFile(log)
 	ended := cmp.Or(c.monitor.err, errors.New("exit status 0"))
 	return fmt.Errorf("lxc-start of container %s failed (%w): %s (see %s): %w", c.state.ID, ended, firstErrors(text), log, errdefs.ErrInternal)
@@ -219,7 +331,10 @@ func (c *Container) Start(ctx context.Context) error {
 		return err
 	}
 	if h := c.spec.Hooks; h != nil {
-		return runHooks(ctx, "poststart", h.Poststart, c.ociState(specs.StateRunning))
+		if err := runHooks(ctx, "poststart", h.Poststart, c.ociState(specs.StateRunning)); err != nil {
+			// The spec has the container stopped; what is left of it is the caller's.
+			return errors.Join(err, killCgroup(cgroupDir(c.state.Cgroup)))
+		}
 	}
 	return nil
 }
@@ -288,17 +403,25 @@ func (c *Container) Delete(ctx context.Context) error {
 	if err := c.state.erase(ctx, c.bundle); err != nil {
 		return err
 	}
-	if h := c.spec.Hooks; h != nil {
-		return runHooks(ctx, "poststop", h.Poststop, c.ociState(specs.StateStopped))
-	}
+	c.poststop(ctx)
 	return nil
 }
 
-func (c *Container) ociState(status specs.ContainerState) *specs.State {
-	st := &specs.State{
-		Version: specs.Version, ID: c.state.ID, Status: status,
-		Bundle: c.bundle, Annotations: c.spec.Annotations,
+// poststop runs the hooks of a container that is gone. What fails is no reason
+// to have it come back.
+func (c *Container) poststop(ctx context.Context) {
+	if c.spec.Hooks == nil {
+		return
 	}
+	for i, h := range c.spec.Hooks.Poststop {
+		if err := runHooks(ctx, "poststop", []specs.Hook{h}, c.ociState(specs.StateStopped)); err != nil {
+			log.G(ctx).WithError(err).Warnf("container %s: poststop hook %d", c.state.ID, i)
+		}
+	}
+}
+
+func (c *Container) ociState(status specs.ContainerState) *specs.State {
+	st := ociState(&CreateOptions{ID: c.state.ID, Bundle: c.bundle, Spec: c.spec}, status)
 	if status != specs.StateStopped {
 		st.Pid = c.pid
 	}

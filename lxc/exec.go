@@ -7,12 +7,16 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
+	"strings"
 	"syscall"
+	"time"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
+	"github.com/containerd-pve/containerd-pve/lxc/plan"
 	"github.com/containerd-pve/containerd-pve/lxc/seccomp"
 )
 
@@ -107,10 +111,17 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 	}
 	defer cgroup.Close()
 
-	handle := -1
+	fdOfChild := -1
+	if err := stdio.own(c.user, spec.User.UID); err != nil {
+		return nil, err
+	}
+	args := []string{"pve-init", "exec", "3", "5"}
+	if c.enter != 0 {
+		args = []string{"pve-init", "enter", "3", "4", "5"}
+	}
 	cmd := &exec.Cmd{
 		Path:       "/proc/self/fd/4",
-		Args:       []string{"pve-init", "exec", "3", "5"},
+		Args:       args,
 		Env:        env,
 		Dir:        "/",
 		ExtraFiles: []*os.File{theirs, exe, pidfd},
@@ -120,7 +131,7 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 			Setsid:      true,
 			// By its number it could be another process by now, or none could be
 			// had any more.
-			PidFD: &handle,
+			PidFD: &fdOfChild,
 		},
 	}
 	if !process.Terminal {
@@ -146,17 +157,30 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 	}
 	theirs.Close()
 
+	child, handle := cmd.Process, os.NewFile(uintptr(fdOfChild), "pidfd")
+	wait := func() (*os.ProcessState, error) { err := cmd.Wait(); return cmd.ProcessState, err }
+	if c.enter != 0 {
+		handle.Close()
+		if child, handle, err = c.entered(ctx, cmd, ours, process); err != nil {
+			return nil, fmt.Errorf("exec in container %s: %w", c.state.ID, err)
+		}
+		process.OOMScoreAdj = nil // set on the way in
+		wait = child.Wait
+	}
 	p := newProcess()
-	p.pidfd = os.NewFile(uintptr(handle), "pidfd")
+	p.pidfd = handle
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		_ = cmd.Wait()
-		p.finish(exitOf(cmd.ProcessState.Sys().(syscall.WaitStatus)))
+		exit := ExitStatus{Code: 255, At: time.Now()}
+		if state, _ := wait(); state != nil {
+			exit = exitOf(state.Sys().(syscall.WaitStatus))
+		}
+		p.finish(exit)
 	}()
 	defer func() {
 		if retErr != nil {
-			_ = cmd.Process.Kill()
+			_ = child.Kill()
 			<-ended
 		}
 	}()
@@ -179,7 +203,7 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 		console = m.files[0]
 	}
 	if err := executed(ctx, ours, func(listener *os.File) error {
-		return passListener(ctx, c.spec.Linux.Seccomp, listener, cmd.Process.Pid, c.ociState(specs.StateRunning))
+		return passListener(ctx, c.spec.Linux.Seccomp, listener, child.Pid, c.ociState(specs.StateRunning))
 	}); err != nil {
 		if console != nil {
 			console.Close()
@@ -187,7 +211,62 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 		return nil, err
 	}
 	p.mu.Lock()
-	p.pid, p.console = cmd.Process.Pid, console
+	p.pid, p.console = child.Pid, console
 	p.mu.Unlock()
 	return p, nil
+}
+
+// entered waits for pve-init's way in, which ends with another process, a child
+// of ours as well, and returns that with its pidfd.
+func (c *Container) entered(ctx context.Context, cmd *exec.Cmd, ours *channel, process *plan.Process) (*os.Process, *os.File, error) {
+	m, err := func() (*message, error) {
+		if err := ours.send(ctx, plan.Enter{Namespaces: c.enter, OOMScoreAdj: process.OOMScoreAdj, Rlimits: process.Rlimits}); err != nil {
+			return nil, err
+		}
+		return ours.receive(ctx)
+	}()
+	if err != nil {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		return nil, nil, fmt.Errorf("pve-init gave up: %w", errors.Join(err, errdefs.ErrInternal))
+	}
+	defer m.close()
+	_ = cmd.Wait()
+	var child *os.Process
+	if len(m.files) == 1 {
+		pid, err := pidOf(m.files[0])
+		if err != nil {
+			return nil, nil, err
+		}
+		// Nobody but us waits for it, so the pid stays its own.
+		if child, err = os.FindProcess(pid); err != nil {
+			return nil, nil, err
+		}
+	}
+	if m.Error != nil {
+		if child != nil {
+			_, _ = child.Wait()
+		}
+		return nil, nil, typed(m.Error)
+	}
+	if child == nil {
+		return nil, nil, fmt.Errorf("pve-init handed over no process: %w", errdefs.ErrInternal)
+	}
+	handle := m.files[0]
+	m.files = nil
+	return child, handle, nil
+}
+
+// pidOf is the pid behind a pidfd.
+func pidOf(pidfd *os.File) (int, error) {
+	data, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", pidfd.Fd()))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(data)) {
+		if text, ok := strings.CutPrefix(line, "Pid:"); ok {
+			return strconv.Atoi(strings.TrimSpace(text))
+		}
+	}
+	return 0, fmt.Errorf("fdinfo of a pidfd without a pid: %w", errdefs.ErrInternal)
 }

@@ -25,7 +25,7 @@ var configKeys = map[string]bool{
 	"lxc.namespace.share.ipc": true, "lxc.namespace.share.uts": true, "lxc.namespace.share.cgroup": true,
 	"lxc.namespace.share.user": true, "lxc.namespace.share.time": true,
 	"lxc.net.0.type": true, "lxc.uts.name": true, "lxc.cgroup.dir.container": true, "lxc.cgroup.dir.monitor": true,
-	"lxc.cgroup.dir.monitor.pivot": true, "lxc.idmap": true, "lxc.time.offset.boot": true, "lxc.time.offset.monotonic": true,
+	"lxc.cgroup.dir.monitor.pivot": true, "lxc.idmap": true, "lxc.environment": true, "lxc.time.offset.boot": true, "lxc.time.offset.monotonic": true,
 }
 
 // repeated are the keys of which each line counts.
@@ -98,19 +98,26 @@ func FuzzTranslate(f *testing.F) {
 			t.Skip()
 		}
 		o := CreateOptions{Namespace: "default", ID: "x", Bundle: "/b", Rootfs: "/b/rootfs", Spec: &spec}
-		tr, err := translate(o, "default--x", "/bin/pve-init")
+		tr, err := translate(o, "default--x")
 		if err != nil {
 			return
 		}
 		config := parseConfig(t, tr.config)
+		inherited := ""
+		if tr.cgroupNS != "" {
+			inherited = " 6"
+		}
 		for key, want := range map[string]string{
-			"lxc.rootfs.path": "dir:/b/rootfs", "lxc.init.cmd": "/proc/self/fd/4 init 3",
-			"lxc.hook.mount": "'/bin/pve-init' mount '/b/lxc/mounts.json' #", "lxc.apparmor.profile": "unconfined",
+			"lxc.rootfs.path": "dir:/b/rootfs", "lxc.init.cmd": "/proc/self/fd/4 init 3" + inherited,
+			"lxc.hook.mount": "/proc/self/fd/4 mount 5" + inherited + " #", "lxc.apparmor.profile": "unconfined",
 			"lxc.cgroup.dir.monitor": "containerd-pve/monitor/default--x", "lxc.cgroup.dir.container": tr.cgroup[1:] + "/payload",
 		} {
 			if config[key] != want {
 				t.Errorf("%s is %q, want %q", key, config[key], want)
 			}
+		}
+		if env, ok := config["lxc.environment"]; ok && env != quietInit {
+			t.Errorf("environment %q", env)
 		}
 		if name, ok := config["lxc.uts.name"]; ok && name != spec.Hostname {
 			t.Errorf("hostname %q became %q", spec.Hostname, name)

@@ -12,6 +12,8 @@ import (
 	"runtime"
 	"syscall"
 
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -39,7 +41,11 @@ type monitor struct {
 // startMonitor runs lxc-start in a mount namespace of its own, in which the
 // monitor FIFO of the lxcpath is one that belongs to this container alone: on
 // the shared one several readers steal each other's records.
-func startMonitor(start string, st *state, bundle string, stdio Stdio, extra []*os.File) (_ *monitor, retErr error) {
+//
+// With a user namespace liblxc would ask newuidmap, and that /etc/subuid, for
+// what the spec has decided; it does not find it in the PATH then. A time
+// namespace is entered by lxc-start itself.
+func startMonitor(start string, st *state, bundle string, stdio Stdio, extra []*os.File, t *translation) (_ *monitor, retErr error) {
 	private := filepath.Join(stateDir(bundle), monitorDir)
 	path := filepath.Join(private, fifoName)
 	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -63,10 +69,23 @@ func startMonitor(start string, st *state, bundle string, stdio Stdio, extra []*
 		return nil, err
 	}
 
-	cmd := exec.Command(start, "-F", "-q", "-n", st.Name, "-P", st.LXCPath,
+	args := []string{start, "-F", "-q", "-n", st.Name, "-P", st.LXCPath,
 		"-f", filepath.Join(st.LXCPath, st.Name, "config"),
-		"-o", filepath.Join(stateDir(bundle), logFile), "-l", "WARN")
-	cmd.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root"}
+		"-o", filepath.Join(stateDir(bundle), logFile), "-l", "WARN"}
+	if t.time != nil && t.time.path != "" {
+		// A Go program cannot: it takes a process of one thread.
+		nsenter, err := program("", "nsenter", "install util-linux for a time namespace by path")
+		if err != nil {
+			return nil, err
+		}
+		args = append([]string{nsenter, "--time=" + t.time.path, "--"}, args...)
+	}
+	cmd := exec.Command(args[0], args[1:]...)
+	path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+	if t.user != nil {
+		path = "PATH=/usr/local/sbin:/usr/sbin:/sbin"
+	}
+	cmd.Env = []string{path, "HOME=/root"}
 	cmd.Dir = "/"
 	cmd.ExtraFiles = extra
 	stdio.apply(cmd)
@@ -85,6 +104,11 @@ func startMonitor(start string, st *state, bundle string, stdio Stdio, extra []*
 			}
 			if err := unix.Mount(private, shared, "", unix.MS_BIND, ""); err != nil {
 				return fmt.Errorf("bind %s on %s: %w", private, shared, err)
+			}
+			if t.time != nil && t.time.path == "" {
+				if err := newTimeNamespace(t.time.offsets); err != nil {
+					return err
+				}
 			}
 			return cmd.Start()
 		}()
@@ -107,6 +131,24 @@ func startMonitor(start string, st *state, bundle string, stdio Stdio, extra []*
 		close(m.ended)
 	}()
 	return m, nil
+}
+
+// newTimeNamespace makes one for what this thread starts.
+func newTimeNamespace(offsets map[string]specs.LinuxTimeOffset) error {
+	if err := unix.Unshare(unix.CLONE_NEWTIME); err != nil {
+		return fmt.Errorf("linux.namespaces: a time namespace: %w", err)
+	}
+	var lines []byte
+	for clock, o := range offsets {
+		lines = fmt.Appendf(lines, "%s %d %d\n", clock, o.Secs, o.Nanosecs)
+	}
+	if lines == nil {
+		return nil
+	}
+	if err := os.WriteFile(fmt.Sprintf("/proc/%d/timens_offsets", unix.Gettid()), lines, 0); err != nil {
+		return fmt.Errorf("linux.timeOffsets: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	return nil
 }
 
 // read takes the records of the FIFO until the one that carries the status.

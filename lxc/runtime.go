@@ -169,7 +169,7 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 	if err != nil {
 		return nil, err
 	}
-	hook, err := r.openInit()
+	pveInit, err := r.openInit()
 	if err != nil {
 		return nil, err
 	}
@@ -180,7 +180,10 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 	st := state{
 		Namespace: o.Namespace, ID: o.ID, Name: name, LXCPath: r.config.Path,
 	}
-	t, err := translate(o, name, hook.path)
+	if o.Spec, err = hostFacts(ctx, o.Spec); err != nil {
+		return nil, err
+	}
+	t, err := translate(o, name)
 	if err != nil {
 		return nil, err
 	}
@@ -198,6 +201,7 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 	if err := r.claim(&st); err != nil {
 		return nil, err
 	}
+	var c *Container
 	defer func() {
 		if retErr != nil {
 			// The caller's context may be what failed.
@@ -206,17 +210,20 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 			if err := st.erase(cleanCtx, o.Bundle); err != nil {
 				retErr = errors.Join(retErr, err)
 			}
+			if c != nil && c.hooked {
+				c.poststop(cleanCtx)
+			}
 		}
 	}()
 	if err := st.write(o.Bundle); err != nil {
 		return nil, err
 	}
 
-	cg, err := createCgroup(ctx, t.cgroup, t.unit, hook, o.Spec.Linux.Resources, t.resources)
+	cg, err := createCgroup(ctx, t.cgroup, t.unit, pveInit, o.Spec.Linux.Resources, t.resources)
 	if err != nil {
 		return nil, err
 	}
-	c := &Container{
+	c = &Container{
 		Process:   newProcess(),
 		runtime:   r,
 		state:     st,
@@ -224,15 +231,14 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 		spec:      o.Spec,
 		cgroup:    cg,
 		sharedPID: t.sharedPID,
+		user:      t.user,
+		enter:     t.enter(),
 	}
 	defer func() {
 		if retErr != nil {
 			cg.holder.release()
 		}
 	}()
-	if err := writeJSON(filepath.Join(stateDir(o.Bundle), mountsFile), t.mounts); err != nil {
-		return nil, err
-	}
 	if err := os.WriteFile(filepath.Join(st.LXCPath, name, "config"), []byte(t.config), 0o640); err != nil {
 		return nil, err
 	}
@@ -241,7 +247,12 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 	if err := makeDev(o.Rootfs); err != nil {
 		return nil, err
 	}
-	if err := c.launch(ctx, start, hook, t, o.Stdio); err != nil {
+	trees, err := prepareTrees(t, pveInit, filepath.Join(stateDir(o.Bundle), monitorDir))
+	if err != nil {
+		return nil, err
+	}
+	defer trees.close()
+	if err := c.launch(ctx, start, pveInit, t, trees, &o); err != nil {
 		return nil, err
 	}
 	return c, nil

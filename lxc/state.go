@@ -14,8 +14,6 @@ import (
 const (
 	stateFile  = "state.json"
 	exitFile   = "exit"
-	mountsFile = "mounts.json"
-	errorFile  = "error"
 	logFile    = "lxc.log"
 	monitorDir = "monitor"
 )
@@ -49,7 +47,7 @@ func (s *state) write(bundle string) error {
 		return err
 	}
 	// A bundle is used once, but a failed Create may be tried again in it.
-	for _, stale := range []string{exitFile, errorFile, logFile} {
+	for _, stale := range []string{exitFile, logFile} {
 		if err := os.Remove(filepath.Join(dir, stale)); err != nil && !errors.Is(err, os.ErrNotExist) {
 			return err
 		}

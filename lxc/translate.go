@@ -1,7 +1,6 @@
 package lxc
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -12,9 +11,11 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/cgroups"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
 	"github.com/containerd-pve/containerd-pve/lxc/seccomp"
+	"github.com/containerd-pve/containerd-pve/lxc/tree"
 )
 
 // translation is what a spec becomes. It is made by a pure function.
@@ -26,7 +27,43 @@ type translation struct {
 	unit      *unit // with systemd's cgroup driver
 	resources *cgroups.Resources
 	sharedPID bool
+	// user is set with a user namespace, time with a time namespace.
+	user *userNamespace
+	time *timeNamespace
+	// cgroupNS is the path of a cgroup namespace that pve-init has to enter.
+	cgroupNS string
 }
+
+// userNamespace is the container's; without a path LXC makes it.
+type userNamespace struct {
+	path     string
+	uid, gid []specs.LinuxIDMapping
+}
+
+// timeNamespace is the container's; without a path it is made with the offsets.
+type timeNamespace struct {
+	path    string
+	offsets map[string]specs.LinuxTimeOffset
+}
+
+// enter are the namespaces of an exec that only a process of one thread can enter.
+func (t *translation) enter() (flags uintptr) {
+	if t.user != nil {
+		flags |= unix.CLONE_NEWUSER
+	}
+	if t.time != nil {
+		flags |= unix.CLONE_NEWTIME
+	}
+	return flags
+}
+
+// The descriptors that lxc-start and all it starts inherit.
+const (
+	syncFD = iota + 3
+	programFD
+	hookFD
+	cgroupFD
+)
 
 // config writes LXC's key = value lines.
 type config struct {
@@ -46,9 +83,6 @@ func (c *config) set(key, value string) {
 	fmt.Fprintf(&c.b, "%s = %s\n", key, value)
 }
 
-// quote makes one word of it for /bin/sh.
-func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
-
 // The names liblxc has for the namespaces of the spec.
 var namespaceKeys = map[specs.LinuxNamespaceType]string{
 	specs.PIDNamespace:     "pid",
@@ -57,11 +91,13 @@ var namespaceKeys = map[specs.LinuxNamespaceType]string{
 	specs.UTSNamespace:     "uts",
 	specs.CgroupNamespace:  "cgroup",
 	specs.MountNamespace:   "mnt",
+	specs.UserNamespace:    "user",
+	specs.TimeNamespace:    "time",
 }
 
 // translate turns the spec into what LXC and pve-init get. name is the LXC
-// name, hook the host path of pve-init. Errors name the field of the spec.
-func translate(o CreateOptions, name, hook string) (*translation, error) {
+// name. Errors name the field of the spec.
+func translate(o CreateOptions, name string) (*translation, error) {
 	spec := o.Spec
 	if err := check(spec); err != nil {
 		return nil, err
@@ -87,50 +123,72 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 	c.set("lxc.pty.max", "0")
 	// pve-init enters the spec's profile when it executes the entrypoint.
 	c.set("lxc.apparmor.profile", "unconfined")
-	// liblxc gives it to a shell, after "exec ". The # hides liblxc's arguments,
-	// and keeps liblxc from taking the outermost quotes for its own.
-	c.set("lxc.hook.mount", quote(hook)+" mount "+quote(filepath.Join(stateDir(o.Bundle), mountsFile))+" #")
 	// A container whose init called reboot(2) or died of SIGHUP has ended: the
 	// failing hook keeps liblxc from starting it anew.
 	c.set("lxc.hook.post-stop", `test "$LXC_TARGET" != reboot #`)
-	c.set("lxc.init.cmd", "/proc/self/fd/4 init 3")
 	if filter != nil && filter.Notify {
 		c.set("lxc.environment", quietInit)
 	}
 
 	own := map[specs.LinuxNamespaceType]bool{}
 	present := map[specs.LinuxNamespaceType]bool{}
+	shares := false
 	for i, ns := range spec.Linux.Namespaces {
 		key, known := namespaceKeys[ns.Type]
 		field := fmt.Sprintf("linux.namespaces[%d]", i)
 		switch {
-		case ns.Type == specs.UserNamespace || ns.Type == specs.TimeNamespace:
-			return nil, unsupported(field + " of type " + string(ns.Type))
 		case !known:
 			return nil, fmt.Errorf("%s.type %q: %w", field, ns.Type, errdefs.ErrInvalidArgument)
 		case present[ns.Type]:
 			return nil, fmt.Errorf("%s: %s is there twice: %w", field, ns.Type, errdefs.ErrInvalidArgument)
-		}
-		present[ns.Type] = true
-		if ns.Path == "" {
-			own[ns.Type] = true
-			continue
-		}
-		if ns.Type == specs.MountNamespace {
+		case ns.Path != "" && !filepath.IsAbs(ns.Path):
+			return nil, fmt.Errorf("%s.path %q is not absolute: %w", field, ns.Path, errdefs.ErrInvalidArgument)
+		case ns.Path != "" && ns.Type == specs.MountNamespace:
 			return nil, unsupported(field + ".path of a mount namespace")
 		}
-		if !filepath.IsAbs(ns.Path) {
-			return nil, fmt.Errorf("%s.path %q is not absolute: %w", field, ns.Path, errdefs.ErrInvalidArgument)
+		present[ns.Type] = true
+		own[ns.Type] = ns.Path == ""
+		switch ns.Type {
+		case specs.UserNamespace:
+			t.user = &userNamespace{path: ns.Path, uid: spec.Linux.UIDMappings, gid: spec.Linux.GIDMappings}
+		case specs.TimeNamespace:
+			// liblxc knows seconds or nanoseconds, and cannot join one: lxc-start
+			// runs in it.
+			t.time = &timeNamespace{path: ns.Path, offsets: spec.Linux.TimeOffsets}
+			continue
+		case specs.CgroupNamespace:
+			// liblxc makes a new one when it joins any other namespace.
+			t.cgroupNS = ns.Path
+			continue
 		}
-		c.set("lxc.namespace.share."+key, ns.Path)
+		if ns.Path != "" {
+			shares = true
+			c.set("lxc.namespace.share."+key, ns.Path)
+		}
 	}
 	if !own[specs.MountNamespace] {
 		return nil, fmt.Errorf("linux.namespaces: a container without a mount namespace cannot be: %w", errdefs.ErrInvalidArgument)
 	}
+	if shares && !present[specs.CgroupNamespace] && t.user == nil {
+		t.cgroupNS = "/proc/self/ns/cgroup"
+	}
+	if err := t.mapIDs(&c, spec.Linux); err != nil {
+		return nil, err
+	}
+	if err := t.checkTime(spec.Linux); err != nil {
+		return nil, err
+	}
+	inherited := ""
+	if t.cgroupNS != "" {
+		inherited = fmt.Sprintf(" %d", cgroupFD)
+	}
+	// liblxc gives it to a shell, after "exec ". The # hides liblxc's arguments.
+	c.set("lxc.hook.mount", fmt.Sprintf("/proc/self/fd/%d mount %d%s #", programFD, hookFD, inherited))
+	c.set("lxc.init.cmd", fmt.Sprintf("/proc/self/fd/%d init %d%s", programFD, syncFD, inherited))
 	// What is not listed stays the host's; without the list liblxc would choose,
 	// and lxc.namespace.keep would bring a user namespace along.
 	var clone []string
-	for _, ns := range []specs.LinuxNamespaceType{specs.MountNamespace, specs.PIDNamespace, specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.CgroupNamespace} {
+	for _, ns := range []specs.LinuxNamespaceType{specs.UserNamespace, specs.MountNamespace, specs.PIDNamespace, specs.NetworkNamespace, specs.IPCNamespace, specs.UTSNamespace, specs.CgroupNamespace} {
 		if own[ns] {
 			clone = append(clone, namespaceKeys[ns])
 		}
@@ -147,10 +205,10 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 		if !own[specs.UTSNamespace] && !present[specs.UTSNamespace] {
 			return nil, fmt.Errorf("hostname %q needs a uts namespace: %w", spec.Hostname, errdefs.ErrInvalidArgument)
 		}
+		if len(spec.Hostname) > 64 {
+			return nil, fmt.Errorf("hostname %q is longer than 64 bytes: %w", spec.Hostname, errdefs.ErrInvalidArgument)
+		}
 		if own[specs.UTSNamespace] {
-			if len(spec.Hostname) > 64 {
-				return nil, fmt.Errorf("hostname %q is longer than 64 bytes: %w", spec.Hostname, errdefs.ErrInvalidArgument)
-			}
 			c.set("lxc.uts.name", spec.Hostname)
 		}
 	}
@@ -169,28 +227,43 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 		return nil, err
 	}
 	t.mounts = &plan.Mounts{
-		ErrorFile:       filepath.Join(stateDir(o.Bundle), errorFile),
-		Devices:         spec.Linux.Devices,
-		Sysctl:          spec.Linux.Sysctl,
-		Propagation:     spec.Linux.RootfsPropagation,
-		Terminal:        spec.Process.Terminal,
-		CgroupNamespace: own[specs.CgroupNamespace],
-		MaskedPaths:     spec.Linux.MaskedPaths,
-		ReadonlyPaths:   spec.Linux.ReadonlyPaths,
-		ReadonlyRoot:    spec.Root != nil && spec.Root.Readonly,
-		Cwd:             spec.Process.Cwd,
-		ProcTemporary:   true,
+		Sysctl:        spec.Linux.Sysctl,
+		Terminal:      spec.Process.Terminal,
+		MaskedPaths:   spec.Linux.MaskedPaths,
+		ReadonlyPaths: spec.Linux.ReadonlyPaths,
+		ReadonlyRoot:  spec.Root != nil && spec.Root.Readonly,
+		Cwd:           spec.Process.Cwd,
+		ProcTemporary: true,
 	}
-	for _, m := range spec.Mounts {
-		if m.Type == "bind" || slices.Contains(m.Options, "bind") || slices.Contains(m.Options, "rbind") {
-			if !filepath.IsAbs(m.Source) {
-				m.Source = filepath.Join(o.Bundle, m.Source)
+	for _, d := range spec.Linux.Devices {
+		t.mounts.Devices = append(t.mounts.Devices, plan.Device{LinuxDevice: d})
+	}
+	finish := &plan.Finish{Propagation: spec.Linux.RootfsPropagation}
+	for i, m := range spec.Mounts {
+		options := tree.Parse(&m)
+		if options.Bind && !filepath.IsAbs(m.Source) {
+			m.Source = filepath.Join(o.Bundle, m.Source)
+		}
+		if m.Type == "cgroup" && !present[specs.CgroupNamespace] && !options.Bind {
+			// A second mount of cgroup2 from the host's cgroup namespace would
+			// change the options of the host's own.
+			m.Type, m.Source = "bind", cgroupRoot
+		}
+		if options.IDMap {
+			if err := t.checkMapping(&m); err != nil {
+				return nil, fmt.Errorf("mounts[%d] (%s): %w", i, m.Destination, err)
 			}
+		}
+		if spec.Linux.MountLabel != "" && !options.Bind && m.Type != "proc" && m.Type != "sysfs" && !strings.HasPrefix(m.Type, "cgroup") {
+			m.Options = append(slices.Clone(m.Options), "context="+spec.Linux.MountLabel)
 		}
 		if filepath.Clean("/"+m.Destination) == "/proc" {
 			t.mounts.ProcTemporary = false
 		}
-		t.mounts.Mounts = append(t.mounts.Mounts, m)
+		t.mounts.Mounts = append(t.mounts.Mounts, plan.Mount{Mount: m})
+		if len(options.Propagation) > 0 {
+			finish.Mounts = append(finish.Mounts, m)
+		}
 	}
 
 	if t.process, err = processPlan(spec.Process, spec); err != nil {
@@ -199,18 +272,19 @@ func translate(o CreateOptions, name, hook string) (*translation, error) {
 	t.process.Seccomp = filter
 	t.process.Domainname = spec.Domainname
 	t.process.UnmountProc = t.mounts.ProcTemporary
-	t.process.Finish = &plan.Mounts{
-		Mounts:      t.mounts.Mounts,
-		Propagation: spec.Linux.RootfsPropagation,
+	t.process.Finish = finish
+	if present[specs.UTSNamespace] && !own[specs.UTSNamespace] {
+		t.process.Hostname = spec.Hostname
 	}
-	if spec.Hooks != nil && len(spec.Hooks.StartContainer) > 0 {
-		t.process.Hooks = spec.Hooks.StartContainer
-		t.process.HookState, err = json.Marshal(specs.State{
-			Version: specs.Version, ID: o.ID, Status: specs.StateCreated, Bundle: o.Bundle, Annotations: spec.Annotations,
-		})
-		if err != nil {
+	if spec.Hooks != nil {
+		if err := checkHooks(spec.Hooks); err != nil {
 			return nil, err
 		}
+		// The process has another pid in its own namespace: it fills that in.
+		creating := ociState(&o, specs.StateCreating)
+		created := ociState(&o, specs.StateCreated)
+		t.mounts.Hooks, t.mounts.State = spec.Hooks.CreateContainer, creating
+		t.process.Hooks, t.process.State = spec.Hooks.StartContainer, created
 	}
 	return t, nil
 }
@@ -248,20 +322,104 @@ func check(spec *specs.Spec) error {
 	case spec.Linux == nil:
 		return fmt.Errorf("linux is missing: %w", errdefs.ErrInvalidArgument)
 	}
-	l := spec.Linux
-	switch {
-	case len(l.UIDMappings) > 0 || len(l.GIDMappings) > 0:
-		return unsupported("linux.uidMappings")
-	case len(l.TimeOffsets) > 0:
-		return unsupported("linux.timeOffsets")
-	case l.MountLabel != "":
-		return unsupported("linux.mountLabel")
-	case len(l.NetDevices) > 0:
+	if len(spec.Linux.NetDevices) > 0 {
 		return unsupported("linux.netDevices")
-	case spec.Hooks != nil && len(spec.Hooks.CreateContainer) > 0:
-		return unsupported("hooks.createContainer")
 	}
-	return checkPersonality(l.Personality)
+	return checkPersonality(spec.Linux.Personality)
+}
+
+// maxMappings is the kernel's limit for each of the two.
+const maxMappings = 340
+
+// mapIDs writes the user namespace's mappings.
+func (t *translation) mapIDs(c *config, l *specs.Linux) error {
+	if t.user == nil {
+		if len(l.UIDMappings)+len(l.GIDMappings) > 0 {
+			return fmt.Errorf("linux.uidMappings: they need a user namespace: %w", errdefs.ErrInvalidArgument)
+		}
+		return nil
+	}
+	for _, m := range []struct {
+		field, key string
+		list       []specs.LinuxIDMapping
+	}{{"linux.uidMappings", "u", t.user.uid}, {"linux.gidMappings", "g", t.user.gid}} {
+		if len(m.list) > maxMappings {
+			return fmt.Errorf("%s: more than %d: %w", m.field, maxMappings, errdefs.ErrInvalidArgument)
+		}
+		if _, ok := hostID(m.list, 0); !ok {
+			// The container is made by its own root.
+			return fmt.Errorf("%s: id 0 of the container is not mapped: %w", m.field, errdefs.ErrInvalidArgument)
+		}
+		for i, r := range m.list {
+			if r.Size == 0 {
+				return fmt.Errorf("%s[%d].size is 0: %w", m.field, i, errdefs.ErrInvalidArgument)
+			}
+			c.set("lxc.idmap", fmt.Sprintf("%s %d %d %d", m.key, r.ContainerID, r.HostID, r.Size))
+		}
+	}
+	return nil
+}
+
+// hostID is what an id of the container is on the host.
+func hostID(mappings []specs.LinuxIDMapping, id uint32) (uint32, bool) {
+	for _, m := range mappings {
+		if id >= m.ContainerID && id-m.ContainerID < m.Size {
+			return m.HostID + (id - m.ContainerID), true
+		}
+	}
+	return 0, false
+}
+
+// checkMapping refuses an id-mapped mount without a mapping.
+func (t *translation) checkMapping(m *specs.Mount) error {
+	switch {
+	case len(m.UIDMappings) > 0 && len(m.GIDMappings) > 0:
+		return nil
+	case len(m.UIDMappings)+len(m.GIDMappings) > 0:
+		return fmt.Errorf("uidMappings and gidMappings must be given both: %w", errdefs.ErrInvalidArgument)
+	case t.user == nil:
+		return fmt.Errorf("option idmap needs uidMappings, or a user namespace: %w", errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+func (t *translation) checkTime(l *specs.Linux) error {
+	if len(l.TimeOffsets) > 0 && (t.time == nil || t.time.path != "") {
+		return fmt.Errorf("linux.timeOffsets: they need a time namespace of the container's own: %w", errdefs.ErrInvalidArgument)
+	}
+	for clock, o := range l.TimeOffsets {
+		if clock != "monotonic" && clock != "boottime" {
+			return fmt.Errorf("linux.timeOffsets %q is not a clock, monotonic or boottime is: %w", clock, errdefs.ErrInvalidArgument)
+		}
+		if o.Nanosecs >= 1e9 {
+			return fmt.Errorf("linux.timeOffsets %s.nanosecs is a second or more: %w", clock, errdefs.ErrInvalidArgument)
+		}
+	}
+	return nil
+}
+
+// checkHooks refuses what the runtime spec forbids of a hook.
+func checkHooks(h *specs.Hooks) error {
+	for kind, list := range map[string][]specs.Hook{
+		//nolint:staticcheck // prestart is deprecated and still used
+		"prestart": h.Prestart, "createRuntime": h.CreateRuntime, "createContainer": h.CreateContainer,
+		"startContainer": h.StartContainer, "poststart": h.Poststart, "poststop": h.Poststop,
+	} {
+		for i := range list {
+			if !filepath.IsAbs(list[i].Path) {
+				return fmt.Errorf("hooks.%s[%d].path %q is not absolute: %w", kind, i, list[i].Path, errdefs.ErrInvalidArgument)
+			}
+			if t := list[i].Timeout; t != nil && *t <= 0 {
+				return fmt.Errorf("hooks.%s[%d].timeout %d is not greater than zero: %w", kind, i, *t, errdefs.ErrInvalidArgument)
+			}
+		}
+	}
+	return nil
+}
+
+// ociState is the container's state as hooks get it, without a pid.
+func ociState(o *CreateOptions, status specs.ContainerState) *specs.State {
+	return &specs.State{Version: specs.Version, ID: o.ID, Status: status, Bundle: o.Bundle, Annotations: o.Spec.Annotations}
 }
 
 // Sysctls of the ipc namespace besides fs.mqueue.* (man 7 ipc_namespaces).

@@ -2,11 +2,14 @@ package lxc
 
 import (
 	"errors"
+	"os"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
 
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
 )
@@ -28,7 +31,7 @@ func translated(t *testing.T, change func(*specs.Spec)) (*translation, error) {
 	if change != nil {
 		change(s)
 	}
-	return translate(CreateOptions{Namespace: "default", ID: "x", Bundle: "/b", Rootfs: "/b/rootfs", Spec: s}, "default--x", "/bin/pve-init")
+	return translate(CreateOptions{Namespace: "default", ID: "x", Bundle: "/b", Rootfs: "/b/rootfs", Spec: s}, "default--x")
 }
 
 func TestConfigGolden(t *testing.T) {
@@ -42,8 +45,8 @@ lxc.console.path = none
 lxc.tty.max = 0
 lxc.pty.max = 0
 lxc.apparmor.profile = unconfined
-lxc.hook.mount = '/bin/pve-init' mount '/b/lxc/mounts.json' #
 lxc.hook.post-stop = test "$LXC_TARGET" != reboot #
+lxc.hook.mount = /proc/self/fd/4 mount 5 #
 lxc.init.cmd = /proc/self/fd/4 init 3
 lxc.namespace.clone = mnt pid net ipc uts
 lxc.net.0.type = empty
@@ -93,9 +96,31 @@ func TestTranslateRefuses(t *testing.T) {
 		{"namespace twice", func(s *specs.Spec) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.PIDNamespace})
 		}, "linux.namespaces[5]", errdefs.IsInvalidArgument},
-		{"user namespace", func(s *specs.Spec) {
+		{"mount namespace by path", func(s *specs.Spec) { s.Linux.Namespaces[3].Path = "/a" }, "linux.namespaces[3].path", errdefs.IsNotImplemented},
+		{"user namespace without mappings", func(s *specs.Spec) {
 			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
-		}, "linux.namespaces[5]", errdefs.IsNotImplemented},
+		}, "linux.uidMappings", errdefs.IsInvalidArgument},
+		{"user namespace without a root", func(s *specs.Spec) {
+			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+			s.Linux.UIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 1, Size: 1}}
+			s.Linux.GIDMappings = []specs.LinuxIDMapping{{ContainerID: 1, HostID: 1, Size: 1}}
+		}, "linux.gidMappings", errdefs.IsInvalidArgument},
+		{"mappings without a user namespace", func(s *specs.Spec) {
+			s.Linux.UIDMappings = []specs.LinuxIDMapping{{Size: 1}}
+		}, "linux.uidMappings", errdefs.IsInvalidArgument},
+		{"time offsets without a time namespace", func(s *specs.Spec) {
+			s.Linux.TimeOffsets = map[string]specs.LinuxTimeOffset{"boottime": {Secs: 1}}
+		}, "linux.timeOffsets", errdefs.IsInvalidArgument},
+		{"time offset of no clock", func(s *specs.Spec) {
+			s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.TimeNamespace})
+			s.Linux.TimeOffsets = map[string]specs.LinuxTimeOffset{"x\n1": {Secs: 1}}
+		}, "linux.timeOffsets", errdefs.IsInvalidArgument},
+		{"idmap without a mapping", func(s *specs.Spec) {
+			s.Mounts = []specs.Mount{{Type: "bind", Source: "/a", Destination: "/b", Options: []string{"idmap"}}}
+		}, "mounts[0]", errdefs.IsInvalidArgument},
+		{"half a mapping", func(s *specs.Spec) {
+			s.Mounts = []specs.Mount{{Type: "bind", Source: "/a", Destination: "/b", UIDMappings: []specs.LinuxIDMapping{{Size: 1}}}}
+		}, "mounts[0]", errdefs.IsInvalidArgument},
 		{"hostname that is a config line", func(s *specs.Spec) { s.Hostname = "a\nlxc.x = y" }, "lxc.uts.name", errdefs.IsInvalidArgument},
 		{"hostname in quotes", func(s *specs.Spec) { s.Hostname = "'a'" }, "lxc.uts.name", errdefs.IsInvalidArgument},
 		{"namespace path that is a config line", func(s *specs.Spec) { s.Linux.Namespaces[4].Path = "/a\nlxc.x = y" }, "lxc.namespace.share.net", errdefs.IsInvalidArgument},
@@ -106,7 +131,8 @@ func TestTranslateRefuses(t *testing.T) {
 		}, "linux.resources.memory.swappiness", errdefs.IsNotImplemented},
 		{"sysctl of the host", func(s *specs.Spec) { s.Linux.Sysctl = map[string]string{"kernel.panic": "1"} }, "kernel.panic", errdefs.IsInvalidArgument},
 		{"sysctl that climbs", func(s *specs.Spec) { s.Linux.Sysctl = map[string]string{"net/../kernel/panic": "1"} }, "net/../kernel/panic", errdefs.IsInvalidArgument},
-		{"createContainer hooks", func(s *specs.Spec) { s.Hooks = &specs.Hooks{CreateContainer: []specs.Hook{{}}} }, "hooks.createContainer", errdefs.IsNotImplemented},
+		{"hook without an absolute path", func(s *specs.Spec) { s.Hooks = &specs.Hooks{CreateContainer: []specs.Hook{{}}} }, "hooks.createContainer[0].path", errdefs.IsInvalidArgument},
+		{"hook without time", func(s *specs.Spec) { s.Hooks = &specs.Hooks{Poststop: []specs.Hook{{Path: "/a", Timeout: new(int)}}} }, "hooks.poststop[0].timeout", errdefs.IsInvalidArgument},
 	} {
 		if _, err := translated(t, c.change); err == nil || !c.kind(err) || !strings.Contains(err.Error(), c.field) {
 			t.Errorf("%s: %v", c.name, err)
@@ -125,9 +151,79 @@ func TestName(t *testing.T) {
 	}
 }
 
-func TestQuote(t *testing.T) {
-	if got := quote(`it's`); got != `'it'\''s'` {
-		t.Error(got)
+func TestUserNamespaceConfig(t *testing.T) {
+	tr, err := translated(t, func(s *specs.Spec) {
+		s.Linux.Namespaces = append(s.Linux.Namespaces, specs.LinuxNamespace{Type: specs.UserNamespace})
+		s.Linux.Namespaces[4].Path = "/run/netns/a"
+		s.Linux.UIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 10}, {ContainerID: 10, HostID: 5, Size: 1}}
+		s.Linux.GIDMappings = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 200000, Size: 65536}}
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{"lxc.namespace.clone = user mnt pid ipc uts\n", "lxc.namespace.share.net = /run/netns/a\n",
+		"lxc.idmap = u 0 100000 10\nlxc.idmap = u 10 5 1\nlxc.idmap = g 0 200000 65536\n"} {
+		if !strings.Contains(tr.config, line) {
+			t.Errorf("no %q in\n%s", line, tr.config)
+		}
+	}
+	if tr.enter() != unix.CLONE_NEWUSER {
+		t.Errorf("an exec enters %#x", tr.enter())
+	}
+}
+
+// TestCgroupNamespace: liblxc makes one when it joins any other namespace, which
+// is put right afterwards.
+func TestCgroupNamespace(t *testing.T) {
+	for name, c := range map[string]struct {
+		namespaces []specs.LinuxNamespace
+		want       string
+	}{
+		"host's":             {nil, ""},
+		"own":                {[]specs.LinuxNamespace{{Type: specs.CgroupNamespace}}, ""},
+		"by path":            {[]specs.LinuxNamespace{{Type: specs.CgroupNamespace, Path: "/a"}}, "/a"},
+		"host's, net joined": {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace, Path: "/n"}}, "/proc/self/ns/cgroup"},
+		"own, net joined":    {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace, Path: "/n"}, {Type: specs.CgroupNamespace}}, ""},
+	} {
+		tr, err := translated(t, func(s *specs.Spec) {
+			s.Linux.Namespaces = append(c.namespaces, specs.LinuxNamespace{Type: specs.MountNamespace})
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if tr.cgroupNS != c.want || strings.Contains(tr.config, "init 3 6") != (c.want != "") || strings.Contains(tr.config, "share.cgroup") {
+			t.Errorf("%s: %q, want %q, config\n%s", name, tr.cgroupNS, c.want, tr.config)
+		}
+	}
+}
+
+func TestHostID(t *testing.T) {
+	m := []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100, Size: 5}, {ContainerID: 1000, HostID: 7, Size: 1}}
+	for id, want := range map[uint32]uint32{0: 100, 4: 104, 1000: 7} {
+		if got, ok := hostID(m, id); !ok || got != want {
+			t.Errorf("%d: %d %v", id, got, ok)
+		}
+	}
+	for _, id := range []uint32{5, 999, 1001} {
+		if got, ok := hostID(m, id); ok {
+			t.Errorf("%d: %d", id, got)
+		}
+	}
+}
+
+func TestParseMappings(t *testing.T) {
+	got, err := parseMappings([]byte("         0     100000      65536\n     70000          1          1\n"))
+	if want := []specs.LinuxIDMapping{{HostID: 100000, Size: 65536}, {ContainerID: 70000, HostID: 1, Size: 1}}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("%v, %v", got, err)
+	}
+	if _, err := parseMappings([]byte("0 1\n")); err == nil {
+		t.Error("half a mapping is taken")
+	}
+}
+
+func TestParentOf(t *testing.T) {
+	if got, err := parentOf(os.Getpid()); err != nil || got != os.Getppid() {
+		t.Errorf("%d, %v; want %d", got, err, os.Getppid())
 	}
 }
 

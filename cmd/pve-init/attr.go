@@ -116,23 +116,13 @@ func inheritableOf(have [2]unix.CapUserData) uint64 {
 	return uint64(have[0].Inheritable) | uint64(have[1].Inheritable)<<32
 }
 
-// rlimits by the names of the runtime spec.
-var rlimits = map[string]int{
-	"RLIMIT_AS": unix.RLIMIT_AS, "RLIMIT_CORE": unix.RLIMIT_CORE, "RLIMIT_CPU": unix.RLIMIT_CPU,
-	"RLIMIT_DATA": unix.RLIMIT_DATA, "RLIMIT_FSIZE": unix.RLIMIT_FSIZE, "RLIMIT_LOCKS": unix.RLIMIT_LOCKS,
-	"RLIMIT_MEMLOCK": unix.RLIMIT_MEMLOCK, "RLIMIT_MSGQUEUE": unix.RLIMIT_MSGQUEUE, "RLIMIT_NICE": unix.RLIMIT_NICE,
-	"RLIMIT_NOFILE": unix.RLIMIT_NOFILE, "RLIMIT_NPROC": unix.RLIMIT_NPROC, "RLIMIT_RSS": unix.RLIMIT_RSS,
-	"RLIMIT_RTPRIO": unix.RLIMIT_RTPRIO, "RLIMIT_RTTIME": unix.RLIMIT_RTTIME,
-	"RLIMIT_SIGPENDING": unix.RLIMIT_SIGPENDING, "RLIMIT_STACK": unix.RLIMIT_STACK,
-}
-
 func setRlimits(list []specs.POSIXRlimit) error {
 	// Go raises the soft limit of open files when it starts. syscall.Exec puts
 	// the inherited one back before it looks at the path, and there is no other
 	// way to ask for that.
 	_ = syscall.Exec("", nil, nil)
 	for _, l := range list {
-		resource, ok := rlimits[l.Type]
+		resource, ok := plan.Rlimits[l.Type]
 		if !ok {
 			return fail(plan.ErrorInvalid, "process.rlimits: unknown type "+l.Type)
 		}

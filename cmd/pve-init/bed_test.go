@@ -19,6 +19,7 @@ import (
 
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
 	"github.com/containerd-pve/containerd-pve/lxc/seccomp"
+	"github.com/containerd-pve/containerd-pve/lxc/tree"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
@@ -80,21 +81,31 @@ func newBox(t *testing.T) *box {
 	b.must(os.WriteFile(filepath.Join(b.rootfs, "bin/data"), []byte("#!/nothing\n"), 0o755))
 	b.must(os.WriteFile(filepath.Join(b.rootfs, "bin/plain"), nil, 0o644))
 	b.mounts = plan.Mounts{
-		ErrorFile: filepath.Join(b.path, "error"), CgroupNamespace: true,
-		Mounts: []specs.Mount{
-			{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
-			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}},
-			{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
-			{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=65536k"}},
-			{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
-			{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
-			{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"ro", "nosuid", "noexec", "nodev", "relatime"}},
-			{Destination: "/run", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}},
-		},
+		Mounts: planned(
+			specs.Mount{Destination: "/proc", Type: "proc", Source: "proc", Options: []string{"nosuid", "noexec", "nodev"}},
+			specs.Mount{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}},
+			specs.Mount{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"}},
+			specs.Mount{Destination: "/dev/shm", Type: "tmpfs", Source: "shm", Options: []string{"nosuid", "noexec", "nodev", "mode=1777", "size=65536k"}},
+			specs.Mount{Destination: "/dev/mqueue", Type: "mqueue", Source: "mqueue", Options: []string{"nosuid", "noexec", "nodev"}},
+			specs.Mount{Destination: "/sys", Type: "sysfs", Source: "sysfs", Options: []string{"nosuid", "noexec", "nodev", "ro"}},
+			specs.Mount{Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"ro", "nosuid", "noexec", "nodev", "relatime"}},
+			specs.Mount{Destination: "/run", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "strictatime", "mode=755", "size=65536k"}},
+		),
 		MaskedPaths:   []string{"/proc/kcore", "/proc/acpi", "/proc/timer_list", "/sys/firmware", "/not/there"},
 		ReadonlyPaths: []string{"/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"},
 	}
 	return b
+}
+
+func planned(mounts ...specs.Mount) (out []plan.Mount) {
+	for _, m := range mounts {
+		out = append(out, plan.Mount{Mount: m})
+	}
+	return out
+}
+
+func (b *box) add(mounts ...specs.Mount) {
+	b.mounts.Mounts = append(b.mounts.Mounts, planned(mounts...)...)
 }
 
 func (b *box) must(err error) {
@@ -168,15 +179,11 @@ func (s *shimEnd) event() (ready bool, err error) {
 // create starts the container up to ready; an error is the init's or the hook's.
 func (b *box) create(p plan.Process) error {
 	b.t.Helper()
-	planFile := filepath.Join(b.path, "plan.json")
-	data, err := json.Marshal(b.mounts)
-	b.must(err)
-	b.must(os.WriteFile(planFile, data, 0o600))
 	exe := program(b.t)
 	config := strings.Join([]string{
 		"lxc.rootfs.path = dir:" + b.rootfs, "lxc.uts.name = box", "lxc.autodev = 0", "lxc.console.path = none",
 		"lxc.pty.max = 0", "lxc.tty.max = 0", "lxc.net.0.type = empty", "lxc.apparmor.profile = unconfined",
-		"lxc.hook.mount = " + exe + " mount " + planFile, "lxc.init.cmd = /proc/self/fd/4 init 3", "",
+		"lxc.hook.mount = " + exe + " mount 6 #", "lxc.init.cmd = /proc/self/fd/4 init 3", "",
 	}, "\n")
 	b.must(os.WriteFile(filepath.Join(b.path, "config"), []byte(config), 0o600))
 	var theirs *os.File
@@ -191,8 +198,10 @@ func (b *box) create(p plan.Process) error {
 	b.cmd = exec.Command("lxc-start", "-F", "-n", b.name, "-P", b.path, "-f", filepath.Join(b.path, "config"),
 		"-o", filepath.Join(b.path, "log"), "-l", "INFO")
 	b.cmd.Stdout, b.cmd.Stderr = &b.stdout, &b.stderr
-	b.cmd.ExtraFiles = []*os.File{theirs, self, leak}
+	hook, theirHook := b.pair()
+	b.cmd.ExtraFiles = []*os.File{theirs, self, leak, theirHook}
 	b.must(b.cmd.Start())
+	theirHook.Close()
 	b.t.Cleanup(func() {
 		if b.cmd.ProcessState == nil {
 			b.sync.conn.Close()
@@ -202,15 +211,14 @@ func (b *box) create(p plan.Process) error {
 	})
 	b.must(b.sync.send(p))
 	theirs.Close()
+	if err := b.mount(hook); err != nil {
+		return err
+	}
 	ready, err := b.sync.event()
 	if err == nil && !ready {
 		b.wait()
-		text, readErr := os.ReadFile(b.mounts.ErrorFile)
-		if readErr != nil {
-			log, _ := os.ReadFile(filepath.Join(b.path, "log"))
-			b.t.Fatalf("the container ended without a reason: %s\n%s", b.stderr.String(), log)
-		}
-		err = errors.New(string(text))
+		log, _ := os.ReadFile(filepath.Join(b.path, "log"))
+		b.t.Fatalf("the container ended without a reason: %s\n%s", b.stderr.String(), log)
 	}
 	if ready {
 		// The last one is the socket to go on with.
@@ -222,6 +230,38 @@ func (b *box) create(p plan.Process) error {
 		b.sync.conn, b.sync.fds = conn.(*net.UnixConn), b.sync.fds[:last]
 		b.t.Cleanup(func() { conn.Close() })
 	}
+	return err
+}
+
+// mount is the shim's side of the mount hook.
+func (b *box) mount(hook *shimEnd) error {
+	b.t.Helper()
+	var fds []int
+	for i := range b.mounts.Mounts {
+		m := &b.mounts.Mounts[i]
+		o := tree.Parse(&m.Mount)
+		if !o.Bind {
+			continue
+		}
+		fd, err := tree.Clone(unix.AT_FDCWD, m.Source, o.Recursive)
+		if err != nil {
+			hook.conn.Close()
+			return err
+		}
+		defer unix.Close(fd)
+		b.must(o.Apply(fd))
+		fds = append(fds, fd)
+		m.Tree = len(fds)
+	}
+	data, err := json.Marshal(b.mounts)
+	b.must(err)
+	_, _, err = hook.conn.WriteMsgUnix(append(data, '\n'), unix.UnixRights(fds...), nil)
+	b.must(err)
+	if ready, err := hook.event(); err != nil || !ready {
+		return err
+	}
+	b.must(hook.send(plan.Command{Start: true}))
+	_, err = hook.event()
 	return err
 }
 
@@ -253,7 +293,7 @@ func shell(script string) plan.Process {
 	return plan.Process{
 		Args: []string{"sh", "-c", script}, Env: []string{"PATH=/bin"}, Cwd: "/",
 		Capabilities: &specs.LinuxCapabilities{Bounding: all, Effective: all, Permitted: all},
-		Finish:       &plan.Mounts{},
+		Finish:       &plan.Finish{},
 	}
 }
 
@@ -272,7 +312,7 @@ func TestBedDefault(t *testing.T) {
 	b := newBox(t)
 	b.mounts.ReadonlyRoot, b.mounts.Cwd = true, "/work/deep"
 	b.mounts.Sysctl = map[string]string{"net.ipv4.ip_forward": "1", "kernel.shmmni": "1234"}
-	b.mounts.Mounts = append(b.mounts.Mounts,
+	b.add(
 		specs.Mount{Destination: "/full", Type: "tmpfs", Options: []string{"tmpcopyup", "size=1m"}},
 		specs.Mount{Destination: "/new/file", Type: "bind", Source: "/etc/hostname", Options: []string{"rbind", "ro", "nosuid", "noexec"}},
 	)
@@ -354,19 +394,19 @@ func TestBedErrors(t *testing.T) {
 		"apparmor":       {func(_ *box, p *plan.Process) { p.AppArmorProfile = "nosuch" }, true, "process.apparmorProfile nosuch"},
 		"hook": {func(_ *box, p *plan.Process) {
 			p.Hooks = []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "cat; exit 3"}}}
-			p.HookState = []byte("the state")
-		}, true, "hooks.startContainer: /bin/sh: exited with status 3: the state"},
+			p.State = &specs.State{ID: "the state"}
+		}, true, `hooks.startContainer[0]: /bin/sh: exited with status 3: {"ociVersion":"","id":"the state","status":"","pid":1,"bundle":""}`},
 		"bind source": {func(b *box, _ *plan.Process) {
-			b.mounts.Mounts = append(b.mounts.Mounts, specs.Mount{Destination: "/b", Source: "/not/there", Options: []string{"rbind"}})
-		}, false, "mounts[8] (/b): source /not/there: no such file or directory"},
+			b.add(specs.Mount{Destination: "/b", Source: "/not/there", Options: []string{"rbind"}})
+		}, false, "source /not/there: no such file or directory"},
 		"tmpfs option": {func(b *box, _ *plan.Process) {
-			b.mounts.Mounts = append(b.mounts.Mounts, specs.Mount{Destination: "/b", Type: "tmpfs", Options: []string{"size=x"}})
+			b.add(specs.Mount{Destination: "/b", Type: "tmpfs", Options: []string{"size=x"}})
 		}, false, "mounts[8] (/b): option size=x"},
 		"over the root": {func(b *box, _ *plan.Process) {
-			b.mounts.Mounts = append(b.mounts.Mounts, specs.Mount{Destination: "/a/..", Type: "tmpfs"})
+			b.add(specs.Mount{Destination: "/a/..", Type: "tmpfs"})
 		}, false, "a mount cannot cover the root"},
 		"over proc": {func(b *box, _ *plan.Process) {
-			b.mounts.Mounts = append(b.mounts.Mounts, specs.Mount{Destination: "/proc/self/attr", Type: "tmpfs"})
+			b.add(specs.Mount{Destination: "/proc/self/attr", Type: "tmpfs"})
 		}, false, "nothing can be mounted at /proc/"},
 		"proc on a symlink": {func(b *box, _ *plan.Process) {
 			b.must(os.Remove(filepath.Join(b.rootfs, "proc")))
@@ -400,11 +440,10 @@ func TestBedHostileRoot(t *testing.T) {
 	outside := t.TempDir()
 	b.must(os.Symlink(outside, filepath.Join(b.rootfs, "out")))
 	b.must(os.Symlink("../../../../../../../../.."+outside, filepath.Join(b.rootfs, "up")))
-	b.mounts.Mounts = append(b.mounts.Mounts,
-		specs.Mount{Destination: "/out/a", Source: "/etc/hostname", Type: "bind"},
+	b.add(specs.Mount{Destination: "/out/a", Source: "/etc/hostname", Type: "bind"},
 		specs.Mount{Destination: "/up/b/c", Type: "tmpfs"})
 	mode := os.FileMode(0o600)
-	b.mounts.Devices = []specs.LinuxDevice{{Path: "/out/dev/fuse", Type: "c", Major: 10, Minor: 229, FileMode: &mode}}
+	b.mounts.Devices = []plan.Device{{LinuxDevice: specs.LinuxDevice{Path: "/out/dev/fuse", Type: "c", Major: 10, Minor: 229, FileMode: &mode}}}
 	out := b.run(shell("ls -R " + outside + "; stat -c '%F %t:%T %a' " + outside + "/dev/fuse"))
 	expect(t, out, "a", "b", "character special file a:e5 600")
 	if left, err := os.ReadDir(outside); err != nil || len(left) != 0 {
@@ -492,8 +531,10 @@ func TestBedDevOfTheImage(t *testing.T) {
 	b.must(os.Symlink("/etc/passwd", filepath.Join(b.rootfs, "dev/zero")))
 	b.must(os.Symlink("/etc/passwd", filepath.Join(b.rootfs, "dev/ptmx")))
 	b.mounts.Mounts = append(b.mounts.Mounts[:1], b.mounts.Mounts[5:]...)
-	b.mounts.Mounts = append(b.mounts.Mounts, specs.Mount{Destination: "/vol", Type: "bind", Source: "/tmp", Options: []string{"rbind", "rshared"}})
+	b.add(specs.Mount{Destination: "/vol", Type: "bind", Source: "/tmp", Options: []string{"rbind", "rshared"}})
 	p := shell(`stat -c '%F %t:%T %n' /dev/null /dev/zero; readlink /dev/ptmx; grep -c shared: /proc/self/mountinfo; grep ' /vol ' /proc/self/mountinfo | grep -c shared:`)
-	p.Finish.Mounts = b.mounts.Mounts
+	for _, m := range b.mounts.Mounts {
+		p.Finish.Mounts = append(p.Finish.Mounts, m.Mount)
+	}
 	expect(t, b.run(p), "character special file 1:3 /dev/null", "character special file 1:5 /dev/zero", "pts/ptmx", "1\n1")
 }

@@ -1,18 +1,11 @@
 package main
 
 import (
-	"os"
-
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
+	"github.com/containerd-pve/containerd-pve/lxc/tree"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
-
-// defaultDevices are in every container, as the runtime spec says.
-var defaultDevices = []specs.LinuxDevice{
-	charDevice("/dev/null", 1, 3), charDevice("/dev/zero", 1, 5), charDevice("/dev/full", 1, 7),
-	charDevice("/dev/random", 1, 8), charDevice("/dev/urandom", 1, 9), charDevice("/dev/tty", 5, 0),
-}
 
 // devLinks are the symlinks of the runtime spec.
 var devLinks = []struct{ name, target string }{
@@ -20,27 +13,22 @@ var devLinks = []struct{ name, target string }{
 	{"stderr", "/proc/self/fd/2"}, {"ptmx", "pts/ptmx"},
 }
 
-func charDevice(path string, major, minor int64) specs.LinuxDevice {
-	mode := os.FileMode(0o666)
-	return specs.LinuxDevice{Path: path, Type: "c", Major: major, Minor: minor, FileMode: &mode}
-}
-
 // makeDevices makes the device nodes and the symlinks of /dev.
-func (r root) makeDevices(p *plan.Mounts) error {
+func (r root) makeDevices(p *plan.Mounts, t trees) error {
 	for i := range p.Devices {
-		if err := r.makeDevice(&p.Devices[i], p.UserNamespace); err != nil {
+		if err := r.makeDevice(&p.Devices[i], t); err != nil {
 			return failed(plan.ErrorInvalid, "linux.devices: "+p.Devices[i].Path, err)
 		}
 	}
 next:
-	for i := range defaultDevices {
+	for i := range tree.DefaultDevices {
 		for j := range p.Devices {
-			if p.Devices[j].Path == defaultDevices[i].Path {
+			if p.Devices[j].Path == tree.DefaultDevices[i].Path {
 				continue next // the spec's own mode and owner count
 			}
 		}
-		if err := r.makeDevice(&defaultDevices[i], p.UserNamespace); err != nil {
-			return failed(plan.ErrorInternal, "making "+defaultDevices[i].Path, err)
+		if err := r.makeDevice(&plan.Device{LinuxDevice: tree.DefaultDevices[i]}, t); err != nil {
+			return failed(plan.ErrorInternal, "making "+tree.DefaultDevices[i].Path, err)
 		}
 	}
 	dev, err := r.create("/dev", true)
@@ -68,22 +56,10 @@ next:
 	return nil
 }
 
-// deviceMode is the file type of a spec's device.
-func deviceMode(kind string) (uint32, bool) {
-	switch kind {
-	case "c", "u":
-		return unix.S_IFCHR, true
-	case "b":
-		return unix.S_IFBLK, true
-	case "p":
-		return unix.S_IFIFO, true
-	}
-	return 0, false
-}
-
-// makeDevice makes one node. Where that is forbidden the host's is bound there.
-func (r root) makeDevice(d *specs.LinuxDevice, bind bool) error {
-	kind, ok := deviceMode(d.Type)
+// makeDevice makes one node, or attaches the one that came along. Where neither
+// can be, the host's is bound there.
+func (r root) makeDevice(d *plan.Device, t trees) error {
+	mode, number, ok := tree.Node(&d.LinuxDevice)
 	if !ok {
 		return fail(plan.ErrorInvalid, "unknown type "+d.Type)
 	}
@@ -96,33 +72,33 @@ func (r root) makeDevice(d *specs.LinuxDevice, bind bool) error {
 		return failed(plan.ErrorInvalid, "making "+dir, err)
 	}
 	defer unix.Close(at)
-	mode, number := kind|0o666, unix.Mkdev(uint32(d.Major), uint32(d.Minor))
-	if kind == unix.S_IFIFO {
-		number = 0
-	}
-	if d.FileMode != nil {
-		mode = kind | uint32(d.FileMode.Perm())
-	}
-	if !bind {
-		err = unix.Mknodat(at, name, mode, int(number))
-		if err == unix.EEXIST && !mountRoot(at, name) {
-			// An image may bring anything under this name.
-			if err = unix.Unlinkat(at, name, 0); err == nil {
-				err = unix.Mknodat(at, name, mode, int(number))
-			}
-		} else if err == unix.EEXIST {
-			return nil // a mount of the spec's
-		}
-		if err == nil {
-			return own(at, name, d)
-		}
-		if err != unix.EPERM || kind == unix.S_IFIFO {
+	if d.Tree > 0 {
+		node, err := t.take(d.Tree)
+		if err != nil {
 			return err
 		}
-	} else if mountRoot(at, name) {
-		return nil
+		defer unix.Close(node)
+		if mountRoot(at, name) {
+			return nil // a mount of the spec's
+		}
+		return attachNode(at, name, node)
 	}
-	return r.bindDevice(at, name, d.Path, kind, number)
+	err = unix.Mknodat(at, name, mode, int(number))
+	if err == unix.EEXIST && !mountRoot(at, name) {
+		// An image may bring anything under this name.
+		if err = unix.Unlinkat(at, name, 0); err == nil {
+			err = unix.Mknodat(at, name, mode, int(number))
+		}
+	} else if err == unix.EEXIST {
+		return nil // a mount of the spec's
+	}
+	if err == nil {
+		return own(at, name, &d.LinuxDevice)
+	}
+	if err != unix.EPERM || mode&unix.S_IFMT == unix.S_IFIFO {
+		return err
+	}
+	return bindDevice(at, name, d.Path, mode&unix.S_IFMT, number)
 }
 
 // own gives a node made just now its owner.
@@ -141,19 +117,24 @@ func own(at int, name string, d *specs.LinuxDevice) error {
 }
 
 // bindDevice mounts the host's node of the same path over an empty file.
-func (r root) bindDevice(at int, name, host string, kind uint32, number uint64) error {
-	tree, _, err := cloneTree(unix.AT_FDCWD, host, false)
+func bindDevice(at int, name, host string, kind uint32, number uint64) error {
+	node, err := tree.Clone(unix.AT_FDCWD, host, false)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(tree)
+	defer unix.Close(node)
 	var st unix.Stat_t
-	if err := unix.Fstat(tree, &st); err != nil {
+	if err := unix.Fstat(node, &st); err != nil {
 		return err
 	}
-	if st.Mode&unix.S_IFMT != kind || (kind != unix.S_IFIFO && st.Rdev != number) {
+	if st.Mode&unix.S_IFMT != kind || st.Rdev != number {
 		return fail(plan.ErrorInvalid, "the host's "+host+" is another device")
 	}
+	return attachNode(at, name, node)
+}
+
+// attachNode mounts a node over a file of that name, which is made if it is missing.
+func attachNode(at int, name string, node int) error {
 	fd, err := unix.Openat(at, name, unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC|unix.O_WRONLY, 0o644)
 	if err == nil {
 		unix.Close(fd)
@@ -165,7 +146,7 @@ func (r root) bindDevice(at int, name, host string, kind uint32, number uint64) 
 		return err
 	}
 	defer unix.Close(target)
-	return attach(tree, target)
+	return tree.Attach(node, target)
 }
 
 // mountRoot says whether something is mounted exactly there.

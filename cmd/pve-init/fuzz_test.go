@@ -5,14 +5,12 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
 	"unicode/utf8"
 
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
 
@@ -106,32 +104,6 @@ func FuzzPasswd(f *testing.F) {
 		}
 		if !strings.HasPrefix(homes[0], "/") || homes[0] != "/" && !bytes.Contains(passwd, []byte(homes[0])) || strings.ContainsAny(homes[0], "\n\x00") {
 			t.Errorf("HOME %q of %q", homes[0], passwd)
-		}
-	})
-}
-
-// FuzzOptions: an option is a flag that is known, or the file system's own, word
-// for word; none is lost.
-func FuzzOptions(f *testing.F) {
-	for _, text := range []string{"ro,nosuid,mode=755", "rbind,rprivate,rro", "bind,tmpcopyup,idmap", "a\nb,\x00,=,r", "sync,defaults", "rr,rbind,rrbind,private"} {
-		f.Add("tmpfs", text)
-	}
-	f.Fuzz(func(t *testing.T, kind, text string) {
-		list := strings.Split(text, ",")
-		o := parseOptions(specs.Mount{Type: kind, Options: list})
-		for _, d := range append(slices.Clone(o.data), o.super...) {
-			if !slices.Contains(list, d) {
-				t.Errorf("%q comes from nowhere in %q", d, list)
-			}
-		}
-		for _, option := range list {
-			_, known := attrFlags[option]
-			if strings.ContainsAny(option, "\n\x00=") && (known || !slices.Contains(o.data, option)) {
-				t.Errorf("%q was taken for a flag", option)
-			}
-		}
-		if o.attrs.set&o.attrs.clear != 0 || o.below.set&o.below.clear != 0 {
-			t.Errorf("set and cleared at once: %+v", o)
 		}
 	})
 }

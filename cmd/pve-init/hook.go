@@ -1,6 +1,8 @@
 package main
 
 import (
+	"encoding/json"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -13,7 +15,30 @@ import (
 // maxHookOutput is how much of a failed hook's output is repeated.
 const maxHookOutput = 512
 
-// runHook runs one startContainer hook to its end, with the state on stdin.
+// runHooks runs the hooks of one kind in order, with the state on stdin in which
+// the container's process has the pid it has in here; the first that fails ends it.
+func runHooks(kind string, hooks []specs.Hook, state *specs.State, pid int) error {
+	if len(hooks) == 0 {
+		return nil
+	}
+	if state == nil {
+		return fail(plan.ErrorInternal, "hooks."+kind+": without a state")
+	}
+	s := *state
+	s.Pid = pid
+	data, err := json.Marshal(s)
+	if err != nil {
+		return failed(plan.ErrorInternal, "hooks."+kind, err)
+	}
+	for i := range hooks {
+		if err := runHook(&hooks[i], data); err != nil {
+			return failed(plan.ErrorInvalid, "hooks."+kind+"["+strconv.Itoa(i)+"]: "+hooks[i].Path, err)
+		}
+	}
+	return nil
+}
+
+// runHook runs one hook to its end.
 func runHook(h *specs.Hook, state []byte) error {
 	stdin, err := unix.MemfdCreate("state", unix.MFD_CLOEXEC)
 	if err != nil {

@@ -9,45 +9,8 @@ import (
 	"testing"
 
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
-
-func TestParseOptions(t *testing.T) {
-	const ro, nosuid, nodev, noexec = unix.MOUNT_ATTR_RDONLY, unix.MOUNT_ATTR_NOSUID, unix.MOUNT_ATTR_NODEV, unix.MOUNT_ATTR_NOEXEC
-	for _, c := range []struct {
-		kind    string
-		options string
-		want    mountOptions
-	}{
-		{"tmpfs", "nosuid strictatime mode=755 size=65536k", mountOptions{
-			attrs: attrs{set: nosuid, hasAtime: true, atime: unix.MOUNT_ATTR_STRICTATIME}, data: []string{"mode=755", "size=65536k"}}},
-		{"bind", "rbind ro nodev noexec rprivate", mountOptions{
-			bind: true, recursive: true, attrs: attrs{set: ro | nodev | noexec}, propagation: []propagation{{unix.MS_PRIVATE, true}}}},
-		{"bind", "", mountOptions{bind: true}},
-		{"none", "bind ro rw shared", mountOptions{bind: true, attrs: attrs{clear: ro}, propagation: []propagation{{flag: unix.MS_SHARED}}}},
-		{"bind", "rro rnosuid rslave", mountOptions{bind: true, below: attrs{set: ro | nosuid}, propagation: []propagation{{unix.MS_SLAVE, true}}}},
-		{"tmpfs", "rw noatime atime", mountOptions{attrs: attrs{clear: ro}}},
-		{"tmpfs", "noatime relatime", mountOptions{attrs: attrs{hasAtime: true}}},
-		{"tmpfs", "sync defaults tmpcopyup", mountOptions{super: []string{"sync"}, copyUp: true}},
-		{"bind", "idmap", mountOptions{bind: true, unsupported: "idmap"}},
-		{"tmpfs", "remount", mountOptions{unsupported: "remount"}},
-		// Not mistaken for a recursive variant of something.
-		{"x", "resize=1 runbindable", mountOptions{data: []string{"resize=1"}, propagation: []propagation{{unix.MS_UNBINDABLE, true}}}},
-	} {
-		if got := parseOptions(specs.Mount{Type: c.kind, Options: strings.Fields(c.options)}); !reflect.DeepEqual(got, c.want) {
-			t.Errorf("%s %s:\n got %+v\nwant %+v", c.kind, c.options, got, c.want)
-		}
-	}
-}
-
-func TestMountAttr(t *testing.T) {
-	a := attrs{set: unix.MOUNT_ATTR_RDONLY, clear: unix.MOUNT_ATTR_NODEV, atime: unix.MOUNT_ATTR_NOATIME, hasAtime: true}
-	want := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOATIME, Attr_clr: unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR__ATIME}
-	if got := a.mountAttr(); got != want {
-		t.Errorf("%+v, want %+v", got, want)
-	}
-}
 
 func TestSysctlPath(t *testing.T) {
 	for key, want := range map[string]string{

@@ -6,17 +6,21 @@
 //
 // It owns everything that happens between liblxc's clone and the execve of the
 // image's entrypoint: mounts, devices, sysctls, the terminal, credentials,
-// security attributes. It never touches the host: it writes one file there (the
-// mount hook's error) and reads one (its plan). It imports next to nothing, as
+// security attributes. It never touches the host. It imports next to nothing, as
 // it is mapped once for each container and started for each exec.
 //
-// Verbs:
+// Verbs, each with the descriptor of its socket to the shim (see package plan):
 //
-//	mount PLANFILE   as lxc.hook.mount
-//	init FD          as the container's PID 1, until the execve
-//	exec FD PIDFD    as one more process of the container whose init PIDFD is: it
-//	                 is born in the cgroup and the pid namespace, and enters the
-//	                 other namespaces here, where no thread of the shim is at stake
+//	mount FD [CGROUP]     as lxc.hook.mount
+//	init FD [CGROUP]      as the container's PID 1, until the execve
+//	exec FD [PIDFD]       as one more process of the container whose init PIDFD is:
+//	                      it is born in the cgroup and the pid namespace, and enters
+//	                      the other namespaces here, where no thread of the shim is
+//	                      at stake
+//	enter FD EXE PIDFD    the same for a container with a user or a time namespace:
+//	                      goes on as exec, from EXE, once it is in
+//
+// CGROUP is a descriptor of the cgroup namespace to be in.
 //
 // The image and all processes of the container are hostile: a path is resolved
 // inside the root by the kernel (openat2), and what is done is done on the
@@ -56,42 +60,63 @@ func main() {
 		usage("PR_SET_DUMPABLE: " + err.Error())
 	}
 	if len(os.Args) < 3 {
-		usage("usage: pve-init mount PLANFILE | init FD | exec FD PIDFD")
+		usage("usage: pve-init mount|init FD [CGROUP] | exec FD [PIDFD] | enter FD EXE PIDFD")
 	}
-	switch os.Args[1] {
-	case "mount":
-		os.Exit(mountHook(os.Args[2]))
-	case "init", "exec":
-		fd, err := strconv.Atoi(os.Args[2])
+	args := make([]int, len(os.Args)-2)
+	for i, text := range os.Args[2:] {
+		fd, err := strconv.Atoi(text)
 		if err != nil || fd < firstInheritedFD {
-			usage("not a sync socket: " + os.Args[2])
+			usage("not an inherited descriptor: " + text)
 		}
-		if os.Args[1] == "exec" && len(os.Args) > 3 {
-			if err := enter(os.Args[3]); err != nil {
-				usage("entering the container: " + err.Error())
-			}
+		args[i] = fd
+	}
+	verb := os.Args[1]
+	switch {
+	case (verb == "mount" || verb == "init") && len(args) <= 2:
+		var joined error
+		if len(args) == 2 {
+			joined = joinCgroup(args[1])
 		}
-		os.Exit(runProcess(fd, os.Args[1] == "init"))
+		if verb == "mount" {
+			os.Exit(mountHook(args[0], joined))
+		}
+		os.Exit(runProcess(args[0], true, joined))
+	case verb == "exec" && len(args) <= 2:
+		var entered error
+		if len(args) == 2 {
+			entered = enter(args[1])
+		}
+		os.Exit(runProcess(args[0], false, entered))
+	case verb == "enter" && len(args) == 3:
+		os.Exit(enterFirst(args[0], args[1], args[2]))
 	default:
-		usage("unknown verb " + os.Args[1])
+		usage("unknown verb, or a wrong number of descriptors: " + verb)
 	}
 }
 
-// enter joins the namespaces of the process behind the descriptor, all but its
-// pid namespace, which only children can be born in.
-func enter(pidfd string) error {
-	fd, err := strconv.Atoi(pidfd)
-	if err != nil {
-		return err
-	}
-	// A thread that shares its root and cwd may not change its mount namespace.
-	if err := unix.Unshare(unix.CLONE_FS); err != nil {
-		return err
-	}
-	if err := unix.Setns(fd, unix.CLONE_NEWNS|unix.CLONE_NEWNET|unix.CLONE_NEWIPC|unix.CLONE_NEWUTS|unix.CLONE_NEWCGROUP); err != nil {
-		return err
+// joinCgroup enters a cgroup namespace: liblxc makes a new one whenever it joins
+// any other namespace.
+func joinCgroup(fd int) error {
+	if err := unix.Setns(fd, unix.CLONE_NEWCGROUP); err != nil {
+		return failed(plan.ErrorInvalid, "linux.namespaces: entering the cgroup namespace", err)
 	}
 	return unix.Close(fd)
+}
+
+// joined are the namespaces of a container's init that every exec enters. Its
+// pid namespace is not among them, as only children can be born in there.
+const joined = unix.CLONE_NEWNS | unix.CLONE_NEWNET | unix.CLONE_NEWIPC | unix.CLONE_NEWUTS | unix.CLONE_NEWCGROUP
+
+// enter joins the namespaces of the process behind the descriptor.
+func enter(pidfd int) error {
+	// A thread that shares its root and cwd may not change its mount namespace.
+	if err := unix.Unshare(unix.CLONE_FS); err != nil {
+		return failed(plan.ErrorInternal, "entering the container: unshare", err)
+	}
+	if err := unix.Setns(pidfd, joined); err != nil {
+		return failed(plan.ErrorInternal, "entering the container", err)
+	}
+	return unix.Close(pidfd)
 }
 
 // usage ends the process after a mistake of the caller's.
@@ -105,16 +130,5 @@ func stderr(message string) {
 	_, _ = unix.Write(2, []byte("pve-init: "+message+"\n"))
 }
 
-// fail makes a typed failure of a message that names the spec field.
-func fail(kind plan.ErrorKind, message string) *plan.Error {
-	return &plan.Error{Kind: kind, Message: message}
-}
-
-// failed is fail with the reason behind it. A reason that is a typed failure
-// already keeps its kind.
-func failed(kind plan.ErrorKind, what string, err error) *plan.Error {
-	if typed, ok := err.(*plan.Error); ok {
-		kind = typed.Kind
-	}
-	return fail(kind, what+": "+err.Error())
-}
+// The failures are reported as they are.
+var fail, failed = plan.Fail, plan.Failed

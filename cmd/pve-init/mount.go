@@ -1,13 +1,14 @@
 package main
 
 import (
-	"encoding/json"
+	"errors"
 	"os"
 	"sort"
 	"strconv"
 	"strings"
 
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
+	"github.com/containerd-pve/containerd-pve/lxc/tree"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
@@ -15,16 +16,24 @@ import (
 // mountHook is the verb mount: everything of the spec that shows in the file
 // system. It runs in the container's namespaces before the pivot, so that
 // host paths are still there and the container's root is below LXC_ROOTFS_MOUNT.
-func mountHook(planFile string) int {
+// before is what failed already.
+func mountHook(fd int, before error) int {
 	unix.Umask(0)
-	var p plan.Mounts
+	s := &socket{fd: fd}
 	err := func() error {
-		data, err := os.ReadFile(planFile)
+		if before != nil {
+			return before
+		}
+		if err := closeInherited(fd); err != nil {
+			return failed(plan.ErrorInternal, "closing inherited descriptors", err)
+		}
+		var p plan.Mounts
+		trees, open, err := s.receiveFiles(&p)
 		if err != nil {
 			return failed(plan.ErrorInternal, "reading the mount plan", err)
 		}
-		if err := json.Unmarshal(data, &p); err != nil {
-			return failed(plan.ErrorInternal, "parsing the mount plan", err)
+		if !open {
+			return fail(plan.ErrorInternal, "the mount plan did not come")
 		}
 		path := os.Getenv("LXC_ROOTFS_MOUNT")
 		if path == "" {
@@ -34,41 +43,63 @@ func mountHook(planFile string) int {
 		if err != nil {
 			return failed(plan.ErrorInternal, "opening the root file system "+path, err)
 		}
-		return r.setup(&p)
+		if err := r.setup(&p, trees); err != nil {
+			return err
+		}
+		if err := s.send(plan.Event{Ready: true}); err != nil {
+			return failed(plan.ErrorInternal, "reporting the mounts", err)
+		}
+		var c plan.Command
+		if open, err := s.receive(&c); err != nil || !open || !c.Start {
+			return fail(plan.ErrorInternal, "nobody said to go on")
+		}
+		// The container's first process waits for this one.
+		if err := runHooks("createContainer", p.Hooks, p.State, os.Getppid()); err != nil {
+			return err
+		}
+		return s.send(plan.Event{Ready: true})
 	}()
 	if err == nil {
 		return 0
 	}
-	stderr(err.Error())
-	if p.ErrorFile != "" {
-		// liblxc swallows what a hook says on stderr.
-		if err := os.WriteFile(p.ErrorFile, []byte(err.Error()+"\n"), 0o600); err != nil {
-			stderr("writing the error file: " + err.Error())
-		}
+	// liblxc swallows what a hook says on stderr.
+	return report(s, err)
+}
+
+// trees are the detached trees that came along with a plan.
+type trees []int
+
+// take is the tree of that number; the caller closes it.
+func (t trees) take(number int) (int, error) {
+	if number < 1 || number > len(t) || t[number-1] < 0 {
+		return -1, fail(plan.ErrorInternal, "tree "+strconv.Itoa(number)+" did not come along")
 	}
-	return exitFailure
+	fd := t[number-1]
+	t[number-1] = -1
+	return fd, nil
 }
 
 // setup makes all of the plan true below the root.
-func (r root) setup(p *plan.Mounts) error {
+func (r root) setup(p *plan.Mounts, t trees) error {
 	if p.ProcTemporary {
-		if err := r.mountOne(&specs.Mount{Destination: "/proc", Type: "proc", Options: []string{"nosuid", "nodev", "noexec"}}, p); err != nil {
+		proc := plan.Mount{Mount: specs.Mount{Destination: "/proc", Type: "proc", Options: []string{"nosuid", "nodev", "noexec"}}}
+		if err := r.mountOne(&proc, t); err != nil {
 			return failed(plan.ErrorInternal, "mounting a temporary /proc", err)
 		}
 	}
 	ownDev := true
 	for i := range p.Mounts {
 		m := &p.Mounts[i]
-		if err := r.mountOne(m, p); err != nil {
+		if err := r.mountOne(m, t); err != nil {
 			return failed(plan.ErrorInvalid, "mounts["+strconv.Itoa(i)+"] ("+m.Destination+")", err)
 		}
-		if parseOptions(*m).bind && strings.Join(components(m.Destination), "/") == "dev" {
+		if tree.Parse(&m.Mount).Bind && strings.Join(components(m.Destination), "/") == "dev" {
 			// Somebody else's /dev: nothing is ours to make there.
 			ownDev = false
 		}
 	}
 	if ownDev {
-		if err := r.makeDevices(p); err != nil {
+		if err := r.makeDevices(p, t); err != nil {
 			return err
 		}
 	}
@@ -133,21 +164,21 @@ var procFiles = []string{
 // mountOne makes one mount of the spec. The tree is made detached, gets all its
 // attributes there, and is attached to a descriptor of the target last: no path
 // is resolved twice.
-func (r root) mountOne(m *specs.Mount, p *plan.Mounts) error {
-	o := parseOptions(*m)
-	if o.unsupported != "" {
-		return fail(plan.ErrorInvalid, "option "+o.unsupported+" is not supported")
+func (r root) mountOne(m *plan.Mount, t trees) error {
+	o := tree.Parse(&m.Mount)
+	if o.Remount {
+		return r.remount(m.Destination, &o)
 	}
-	if m.Type == "tmpfs" && !o.bind {
-		r.inheritMode(m.Destination, &o)
-	}
-	tree, isDir, err := detachedTree(m, &o, p)
+	fd, made, err := r.detached(m, &o, t)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(tree)
-
-	kernelFS := !o.bind && (m.Type == "proc" || m.Type == "sysfs")
+	defer unix.Close(fd)
+	isDir, err := tree.IsDir(fd)
+	if err != nil {
+		return failed(plan.ErrorInternal, "looking at the mount", err)
+	}
+	kernelFS := !o.Bind && (m.Type == "proc" || m.Type == "sysfs")
 	target, err := r.create(m.Destination, isDir)
 	if err == nil && kernelFS {
 		// Where a symlink leads to, nothing would mask or protect parts of it.
@@ -161,28 +192,66 @@ func (r root) mountOne(m *specs.Mount, p *plan.Mounts) error {
 		return failed(plan.ErrorInvalid, "making the target", err)
 	}
 	defer unix.Close(target)
-	if err := r.checkTarget(target, kernelFS && m.Type == "proc", tree); err != nil {
+	if err := r.checkTarget(target, kernelFS && m.Type == "proc", fd); err != nil {
 		return err
 	}
-	if o.copyUp {
-		if err := copyUp(target, tree); err != nil {
+	if o.CopyUp {
+		if err := copyUp(target, fd); err != nil {
 			return failed(plan.ErrorInvalid, "option tmpcopyup", err)
 		}
 	}
-	// A read-only tmpfs is filled before it becomes read-only.
-	if err := applyAttrs(tree, &o); err != nil {
-		return err
+	if made {
+		// A read-only tmpfs is filled before it becomes read-only.
+		if err := o.Apply(fd); err != nil {
+			return err
+		}
 	}
-	if err := attach(tree, target); err != nil {
+	if err := tree.Attach(fd, target); err != nil {
 		return failed(plan.ErrorInvalid, "attaching the mount", err)
 	}
 	return nil
 }
 
+// detached is the tree of a mount: one that came along and is as it is to be,
+// or one that is made here.
+func (r root) detached(m *plan.Mount, o *tree.Options, t trees) (fd int, made bool, err error) {
+	if m.Tree > 0 {
+		fd, err = t.take(m.Tree)
+		return fd, false, err
+	}
+	if o.Bind {
+		return -1, false, fail(plan.ErrorInternal, "no tree came along for a bind mount")
+	}
+	spec := m.Mount
+	switch spec.Type {
+	case "cgroup":
+		// The host has cgroup v2 only; version 1 options mean nothing to it.
+		spec.Type, spec.Source, o.Data = "cgroup2", "cgroup", nil
+	case "tmpfs":
+		r.inheritMode(m.Destination, o)
+	}
+	fd, err = tree.New(&spec, o)
+	if m.Instead > 0 && errors.Is(err, unix.EPERM) {
+		fd, err = t.take(m.Instead)
+		return fd, false, err
+	}
+	return fd, true, err
+}
+
+// remount changes a mount that is there already.
+func (r root) remount(path string, o *tree.Options) error {
+	fd, err := r.open(path, unix.O_PATH)
+	if err != nil {
+		return failed(plan.ErrorInvalid, "option remount: opening the mount", err)
+	}
+	defer unix.Close(fd)
+	return tree.Reconfigure(fd, o)
+}
+
 // inheritMode gives a tmpfs the mode of the directory it covers, unless the
 // spec says which one.
-func (r root) inheritMode(path string, o *mountOptions) {
-	for _, option := range o.data {
+func (r root) inheritMode(path string, o *tree.Options) {
+	for _, option := range o.Data {
 		if strings.HasPrefix(option, "mode=") {
 			return
 		}
@@ -194,12 +263,12 @@ func (r root) inheritMode(path string, o *mountOptions) {
 	defer unix.Close(fd)
 	var st unix.Stat_t
 	if unix.Fstat(fd, &st) == nil {
-		o.data = append(o.data, "mode="+strconv.FormatUint(uint64(st.Mode&0o7777), 8))
+		o.Data = append(o.Data, "mode="+strconv.FormatUint(uint64(st.Mode&0o7777), 8))
 	}
 }
 
 // checkTarget refuses to cover the root, and procfs but with what may.
-func (r root) checkTarget(target int, proc bool, tree int) error {
+func (r root) checkTarget(target int, proc bool, fd int) error {
 	path, err := fdPath(target)
 	if err != nil {
 		return failed(plan.ErrorInternal, "naming the target", err)
@@ -212,7 +281,7 @@ func (r root) checkTarget(target int, proc bool, tree int) error {
 	switch {
 	case inside == "/":
 		return fail(plan.ErrorInvalid, "a mount cannot cover the root file system")
-	case inside == "/proc" && !proc && !isType(tree, unix.PROC_SUPER_MAGIC):
+	case inside == "/proc" && !proc && !isType(fd, unix.PROC_SUPER_MAGIC):
 		return fail(plan.ErrorInvalid, "only procfs can be mounted at /proc")
 	case strings.HasPrefix(inside, "/proc/"):
 		for _, ok := range procFiles {
@@ -233,139 +302,6 @@ func fdPath(fd int) (string, error) {
 		return "", err
 	}
 	return string(buf[:n]), nil
-}
-
-// detachedTree makes what is to be mounted, attached nowhere. The target has to
-// be a directory if isDir.
-func detachedTree(m *specs.Mount, o *mountOptions, p *plan.Mounts) (fd int, isDir bool, err error) {
-	fsType, source := m.Type, m.Source
-	switch {
-	case o.bind:
-		return cloneTree(unix.AT_FDCWD, source, o.recursive)
-	case fsType == "cgroup" && !p.CgroupNamespace:
-		// A second mount of cgroup2 from the host's cgroup namespace would
-		// change the options of the host's own.
-		return cloneTree(unix.AT_FDCWD, "/sys/fs/cgroup", false)
-	case fsType == "cgroup":
-		// The host has cgroup v2 only; version 1 options mean nothing to it.
-		fsType, source, o.data = "cgroup2", "cgroup", nil
-	case fsType == "" || fsType == "none":
-		return -1, false, fail(plan.ErrorInvalid, "type is missing")
-	}
-	fd, err = newFS(fsType, source, o)
-	return fd, true, err
-}
-
-// cloneTree is a detached bind mount of path.
-func cloneTree(dir int, path string, recursive bool) (fd int, isDir bool, err error) {
-	flags := uint(unix.OPEN_TREE_CLONE | unix.OPEN_TREE_CLOEXEC)
-	if path == "" {
-		flags |= unix.AT_EMPTY_PATH
-	}
-	if recursive {
-		flags |= unix.AT_RECURSIVE
-	}
-	fd, err = unix.OpenTree(dir, path, flags)
-	if err != nil {
-		return -1, false, failed(plan.ErrorInvalid, "source "+path, err)
-	}
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		unix.Close(fd)
-		return -1, false, failed(plan.ErrorInvalid, "source "+path, err)
-	}
-	return fd, st.Mode&unix.S_IFMT == unix.S_IFDIR, nil
-}
-
-// newFS is a detached mount of a new file system.
-func newFS(fsType, source string, o *mountOptions) (int, error) {
-	fs, err := unix.Fsopen(fsType, unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return -1, failed(plan.ErrorInvalid, "type "+fsType, err)
-	}
-	defer unix.Close(fs)
-	if source == "" {
-		source = fsType
-	}
-	if err := unix.FsconfigSetString(fs, "source", source); err != nil {
-		return -1, failed(plan.ErrorInvalid, "source "+source, err)
-	}
-	for _, option := range o.super {
-		if err := unix.FsconfigSetFlag(fs, option); err != nil {
-			return -1, failed(plan.ErrorInvalid, "option "+option, err)
-		}
-	}
-	for _, option := range o.data {
-		if key, value, ok := strings.Cut(option, "="); ok {
-			err = unix.FsconfigSetString(fs, key, value)
-		} else {
-			err = unix.FsconfigSetFlag(fs, option)
-		}
-		if err != nil {
-			return -1, failed(plan.ErrorInvalid, "option "+option, because(fs, err))
-		}
-	}
-	if err := unix.FsconfigCreate(fs); err != nil {
-		return -1, failed(plan.ErrorInvalid, "creating the "+fsType, because(fs, err))
-	}
-	mnt, err := unix.Fsmount(fs, unix.FSMOUNT_CLOEXEC, 0)
-	if err != nil {
-		return -1, failed(plan.ErrorInvalid, "mounting the "+fsType, because(fs, err))
-	}
-	return mnt, nil
-}
-
-// because adds what the kernel wrote into the log of a file system context.
-func because(fs int, err error) error {
-	buf := make([]byte, 512)
-	n, readErr := unix.Read(fs, buf)
-	if readErr != nil || n <= 2 {
-		return err
-	}
-	return fail(plan.ErrorInvalid, err.Error()+" ("+strings.TrimSpace(string(buf[2:n]))+")")
-}
-
-// applyAttrs sets a detached tree's attributes and propagation.
-func applyAttrs(tree int, o *mountOptions) error {
-	if !o.attrs.empty() {
-		attr := o.attrs.mountAttr()
-		err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &attr)
-		if err == unix.EPERM && o.attrs.clear != 0 {
-			// In a user namespace what the host forbids stays forbidden; saying
-			// "rw" or "dev" there is no error, as it is none with mount(8).
-			keep := o.attrs
-			keep.clear = 0
-			attr = keep.mountAttr()
-			err = unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &attr)
-		}
-		if err != nil {
-			return failed(plan.ErrorInvalid, "setting the mount's flags", err)
-		}
-	}
-	if !o.below.empty() {
-		attr := o.below.mountAttr()
-		if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH|unix.AT_RECURSIVE, &attr); err != nil {
-			return failed(plan.ErrorInvalid, "setting recursive flags", err)
-		}
-	}
-	return propagate(tree, o.propagation)
-}
-
-func propagate(fd int, changes []propagation) error {
-	for _, p := range changes {
-		flags := uint(unix.AT_EMPTY_PATH)
-		if p.recursive {
-			flags |= unix.AT_RECURSIVE
-		}
-		if err := unix.MountSetattr(fd, "", flags, &unix.MountAttr{Propagation: p.flag}); err != nil {
-			return failed(plan.ErrorInvalid, "setting the propagation", err)
-		}
-	}
-	return nil
-}
-
-func attach(tree, target int) error {
-	return unix.MoveMount(tree, "", target, "", unix.MOVE_MOUNT_F_EMPTY_PATH|unix.MOVE_MOUNT_T_EMPTY_PATH)
 }
 
 // protect covers the masked paths, makes the read-only ones read-only, and the
@@ -404,30 +340,29 @@ func (r root) mask(path, null string) error {
 	if err := unix.Fstat(target, &st); err != nil {
 		return err
 	}
-	var tree int
+	var cover int
 	if st.Mode&unix.S_IFMT == unix.S_IFDIR {
-		o := mountOptions{data: []string{"nr_blocks=1", "nr_inodes=1"}}
-		if tree, err = newFS("tmpfs", "tmpfs", &o); err != nil {
+		empty := tree.Options{Data: []string{"nr_blocks=1", "nr_inodes=1"}}
+		if cover, err = tree.New(&specs.Mount{Type: "tmpfs"}, &empty); err != nil {
 			return err
 		}
-		defer unix.Close(tree)
-		o.attrs.set = unix.MOUNT_ATTR_RDONLY | unix.MOUNT_ATTR_NOSUID | unix.MOUNT_ATTR_NODEV | unix.MOUNT_ATTR_NOEXEC
-		if err := applyAttrs(tree, &o); err != nil {
+		defer unix.Close(cover)
+		if err := tree.ReadOnly(cover); err != nil {
 			return err
 		}
 	} else {
-		if tree, _, err = cloneTree(unix.AT_FDCWD, null, false); err != nil {
+		if cover, err = tree.Clone(unix.AT_FDCWD, null, false); err != nil {
 			return err
 		}
-		defer unix.Close(tree)
-		if err := unix.Fstat(tree, &st); err != nil {
+		defer unix.Close(cover)
+		if err := unix.Fstat(cover, &st); err != nil {
 			return err
 		}
 		if st.Mode&unix.S_IFMT != unix.S_IFCHR || st.Rdev != unix.Mkdev(1, 3) {
 			return fail(plan.ErrorInvalid, null+" is not the null device")
 		}
 	}
-	return attach(tree, target)
+	return tree.Attach(cover, target)
 }
 
 // readOnly puts a read-only view of path over itself.
@@ -439,51 +374,14 @@ func (r root) readOnly(path string) error {
 		return err
 	}
 	defer unix.Close(target)
-	tree, _, err := cloneTree(target, "", true)
+	view, err := tree.Clone(target, "", true)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(tree)
+	defer unix.Close(view)
 	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}
-	if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+	if err := unix.MountSetattr(view, "", unix.AT_EMPTY_PATH, &attr); err != nil {
 		return err
 	}
-	return attach(tree, target)
-}
-
-// finish is what init does once liblxc is done with the root: liblxc makes every
-// mount shared after the pivot, which the spec does not ask for.
-func (r root) finish(p *plan.Mounts) error {
-	change, ok := parsePropagation(p.Propagation)
-	if !ok && p.Propagation != "" {
-		return fail(plan.ErrorInvalid, "linux.rootfsPropagation: unknown value "+p.Propagation)
-	}
-	// What had a master keeps it, everything else becomes private.
-	if err := propagate(r.fd, []propagation{{unix.MS_SLAVE, true}}); err != nil {
-		return failed(plan.ErrorInternal, "linux.rootfsPropagation", err)
-	}
-	if ok {
-		if err := propagate(r.fd, []propagation{change}); err != nil {
-			return failed(plan.ErrorInvalid, "linux.rootfsPropagation", err)
-		}
-	}
-	for i := range p.Mounts {
-		m := &p.Mounts[i]
-		changes := parseOptions(*m).propagation
-		if len(changes) == 0 {
-			continue
-		}
-		err := func() error {
-			fd, err := r.open(m.Destination, unix.O_PATH)
-			if err != nil {
-				return err
-			}
-			defer unix.Close(fd)
-			return propagate(fd, changes)
-		}()
-		if err != nil {
-			return failed(plan.ErrorInvalid, "mounts ("+m.Destination+")", err)
-		}
-	}
-	return r.protect(p, "/dev/null")
+	return tree.Attach(view, target)
 }

@@ -19,14 +19,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestMain lets the test program be pve-init, too.
-func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && os.Args[1] == "exec" {
-		main()
-	}
-	os.Exit(m.Run())
-}
-
 // From linux/seccomp.h.
 const (
 	notifyReceive = 0xc0502100

@@ -22,8 +22,12 @@ type process struct {
 }
 
 // runProcess is the verbs init and exec. It returns only if nothing was executed.
-func runProcess(fd int, isInit bool) int {
+// before is what failed already.
+func runProcess(fd int, isInit bool, before error) int {
 	s := &socket{fd: fd}
+	if before != nil {
+		return report(s, before)
+	}
 	if err := closeInherited(fd); err != nil {
 		stderr("closing inherited descriptors: " + err.Error())
 		return exitFailure
@@ -128,6 +132,11 @@ func (p *process) prepare(s *socket) error {
 	if p.root, err = openRoot("/"); err != nil {
 		return failed(plan.ErrorInternal, "opening the root file system", err)
 	}
+	if p.Hostname != "" && p.isInit {
+		if err := unix.Sethostname([]byte(p.Hostname)); err != nil {
+			return failed(plan.ErrorInvalid, "hostname", err)
+		}
+	}
 	if p.Domainname != "" && p.isInit {
 		if err := unix.Setdomainname([]byte(p.Domainname)); err != nil {
 			return failed(plan.ErrorInvalid, "domainname", err)
@@ -217,10 +226,8 @@ func (p *process) checkCwd() error {
 // become turns this process into the planned one. Everything that needs root's
 // rights in the container comes first, what takes them away last.
 func (p *process) become(s *socket) error {
-	for i := range p.Hooks {
-		if err := runHook(&p.Hooks[i], p.HookState); err != nil {
-			return failed(plan.ErrorInvalid, "hooks.startContainer: "+p.Hooks[i].Path, err)
-		}
+	if err := runHooks("startContainer", p.Hooks, p.State, unix.Getpid()); err != nil {
+		return err
 	}
 	if err := p.takeTerminal(); err != nil {
 		return failed(plan.ErrorInternal, "process.terminal", err)

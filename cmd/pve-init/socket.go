@@ -8,10 +8,45 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// socket is pve-init's end of the sync socket: one JSON value a line.
+// socket is pve-init's end of a sync socket: one JSON value a line.
 type socket struct {
 	fd  int
 	buf []byte
+	// files came along with what was read.
+	files []int
+}
+
+// receiveFiles is receive with the descriptors that came along, in their order.
+func (s *socket) receiveFiles(v any) (files []int, open bool, err error) {
+	open, err = s.receive(v)
+	files, s.files = s.files, nil
+	return files, open, err
+}
+
+// read is read(2) that keeps descriptors.
+func (s *socket) read(chunk []byte) (int, error) {
+	// The kernel passes 253 at once at the most, and never two lots in one read.
+	const most = 253
+	rights := make([]byte, unix.CmsgSpace(4*most))
+	n, rightsLen, _, _, err := unix.Recvmsg(s.fd, chunk, rights, unix.MSG_CMSG_CLOEXEC)
+	if err != nil || rightsLen == 0 {
+		return n, err
+	}
+	messages, err := unix.ParseSocketControlMessage(rights[:rightsLen])
+	if err != nil {
+		return 0, err
+	}
+	for i := range messages {
+		if messages[i].Header.Type != unix.SCM_RIGHTS {
+			continue
+		}
+		fds, err := unix.ParseUnixRights(&messages[i])
+		if err != nil {
+			return 0, err
+		}
+		s.files = append(s.files, fds...)
+	}
+	return n, nil
 }
 
 // receive reads the next message into v; false means that the other end is closed.
@@ -23,7 +58,7 @@ func (s *socket) receive(v any) (bool, error) {
 			return true, json.Unmarshal(line, v)
 		}
 		chunk := make([]byte, 16<<10)
-		n, err := unix.Read(s.fd, chunk)
+		n, err := s.read(chunk)
 		switch {
 		case err == unix.EINTR:
 		case err == unix.ECONNRESET || (err == nil && n == 0):

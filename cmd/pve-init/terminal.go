@@ -2,6 +2,7 @@ package main
 
 import (
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
+	"github.com/containerd-pve/containerd-pve/lxc/tree"
 	"golang.org/x/sys/unix"
 )
 
@@ -84,12 +85,12 @@ func (p *process) bindConsole() error {
 		return err
 	}
 	defer unix.Close(target)
-	tree, _, err := cloneTree(p.slave, "", false)
+	console, err := tree.Clone(p.slave, "", false)
 	if err != nil {
 		return err
 	}
-	defer unix.Close(tree)
-	return attach(tree, target)
+	defer unix.Close(console)
+	return tree.Attach(console, target)
 }
 
 // takeTerminal starts a session and, with a terminal, makes it the controlling

@@ -1,9 +1,19 @@
 // Package plan is the contract between the shim, which knows the OCI spec, and
 // pve-init, which makes it true inside an LXC container.
 //
-// It owns the data types and the framing of the sync socket and nothing else:
+// It owns the data types and the framing of the sync sockets and nothing else:
 // it opens no container, mounts nothing and imports only the standard library,
 // the runtime-spec types and x/sys, because pve-init links it.
+//
+// # The mount hook's socket
+//
+// A unix stream socketpair of its own, with the same framing as the sync socket:
+//
+//	shim → hook   Mounts             what to mount; SCM_RIGHTS: the trees
+//	hook → shim   Event{Ready}       everything is mounted
+//	shim → hook   Command{Start}     the hooks of the runtime's namespaces are through
+//	hook → shim   Event{Ready}       so are those of the container's
+//	hook → shim   Event{Error}       at any moment instead: the start fails
 //
 // # The sync socket
 //
@@ -29,6 +39,12 @@
 // goes on by itself after Ready. EOF from the shim before Start makes init exit
 // with status 1. A reader has to take ECONNRESET for EOF: the other end closed
 // with a message unread.
+//
+// A process of exec that has to enter a user or a time namespace begins with
+// other messages, as only a process of one thread may do that:
+//
+//	shim → init   Enter              what takes the host's rights
+//	init → shim   Event{Ready}       SCM_RIGHTS: a pidfd of the process that goes on
 package plan
 
 import (
@@ -47,16 +63,12 @@ const (
 	ErrorPermission ErrorKind = "permission" // argv[0] is not executable for the user
 )
 
-// Mounts is what the mount hook does, as JSON in the file named by the hook's
-// first argument.
+// Mounts is what the mount hook does.
 type Mounts struct {
-	// ErrorFile is a host path; the hook writes its one-line error there,
-	// because liblxc swallows a hook's stderr.
-	ErrorFile string `json:"errorFile"`
-	// Mounts in the order of the spec. Sources are host paths.
-	Mounts []specs.Mount `json:"mounts,omitempty"`
+	// Mounts in the order of the spec.
+	Mounts []Mount `json:"mounts,omitempty"`
 	// Devices to be made in addition to the runtime spec's default ones.
-	Devices []specs.LinuxDevice `json:"devices,omitempty"`
+	Devices []Device `json:"devices,omitempty"`
 	// Sysctl keys with dots, as in the spec; written before /proc/sys may become read-only.
 	Sysctl map[string]string `json:"sysctl,omitempty"`
 	// MaskedPaths and ReadonlyPaths as in the spec.
@@ -64,21 +76,39 @@ type Mounts struct {
 	ReadonlyPaths []string `json:"readonlyPaths,omitempty"`
 	// ReadonlyRoot asks for a read-only root file system.
 	ReadonlyRoot bool `json:"readonlyRoot,omitempty"`
-	// Propagation is the spec's rootfsPropagation ("", "private", "rslave", …).
-	Propagation string `json:"propagation,omitempty"`
 	// Cwd is made, as a directory of root's, if it is missing, before the root
 	// may become read-only.
 	Cwd string `json:"cwd,omitempty"`
 	// Terminal makes /dev/console exist as a bind target.
 	Terminal bool `json:"terminal,omitempty"`
-	// CgroupNamespace says that the container has a cgroup namespace of its own.
-	CgroupNamespace bool `json:"cgroupNamespace,omitempty"`
-	// UserNamespace says that the container has a user namespace of its own:
-	// devices are bound from the host instead of made.
-	UserNamespace bool `json:"userNamespace,omitempty"`
 	// ProcTemporary mounts proc at /proc although the spec does not ask for it,
 	// since pve-init is executed through it; Process.UnmountProc takes it away again.
 	ProcTemporary bool `json:"procTemporary,omitempty"`
+	// Hooks run in the container's namespaces once everything is mounted
+	// (createContainer), with State on their stdin but for the pid, which the
+	// hook knows.
+	Hooks []specs.Hook `json:"hooks,omitempty"`
+	State *specs.State `json:"state,omitempty"`
+}
+
+// Mount is one mount of the spec.
+type Mount struct {
+	specs.Mount
+	// Tree is the number, from 1, of the descriptor of a detached tree that comes
+	// along and only has to be attached. Without one the mount is made in the
+	// container's namespaces.
+	Tree int `json:"tree,omitempty"`
+	// Instead is the number of a tree for a mount that the container's
+	// namespaces may turn out not to be allowed to make.
+	Instead int `json:"instead,omitempty"`
+}
+
+// Device is a device node of the container.
+type Device struct {
+	specs.LinuxDevice
+	// Tree is the number, from 1, of the descriptor of the node, to be attached
+	// where the container may not make one. It comes with its mode and owner.
+	Tree int `json:"tree,omitempty"`
 }
 
 // Process is what pve-init becomes.
@@ -104,21 +134,18 @@ type Process struct {
 	// SELinuxLabel is entered on exec; "" leaves it alone.
 	SELinuxLabel string   `json:"selinuxLabel,omitempty"`
 	Seccomp      *Seccomp `json:"seccomp,omitempty"`
-	// Domainname is set by init only.
+	// Hostname and Domainname are set by init only. A uts namespace that LXC
+	// makes has its hostname already.
+	Hostname   string `json:"hostname,omitempty"`
 	Domainname string `json:"domainname,omitempty"`
-	// Hooks run by init inside the container right before the exec (startContainer).
+	// Hooks run by init inside the container right before the exec
+	// (startContainer), with State on their stdin but for the pid.
 	Hooks []specs.Hook `json:"hooks,omitempty"`
-	// HookState is the OCI state, as JSON, given to Hooks on stdin.
-	HookState []byte `json:"hookState,omitempty"`
+	State *specs.State `json:"state,omitempty"`
 	// UnmountProc takes away the /proc of Mounts.ProcTemporary before the exec.
 	UnmountProc bool `json:"unmountProc,omitempty"`
-	// Finish holds what init does after liblxc is done with the root; nil for
-	// exec. liblxc makes all mounts shared after the pivot, so init first takes
-	// that back, then applies Finish.Propagation to the root and, of Finish.Mounts,
-	// the propagation options to the mounts, which are there already. MaskedPaths,
-	// ReadonlyPaths and ReadonlyRoot are taken here too, but the hook does them as
-	// well: it is the better place, being unconfined by the container's profile.
-	Finish *Mounts `json:"finish,omitempty"`
+	// Finish is what init does after liblxc is done with the root; nil for exec.
+	Finish *Finish `json:"finish,omitempty"`
 	// Scheduler, IOPriority and Personality as in the spec.
 	Scheduler   *specs.Scheduler        `json:"scheduler,omitempty"`
 	IOPriority  *specs.LinuxIOPriority  `json:"ioPriority,omitempty"`
@@ -145,6 +172,24 @@ var Capabilities = []string{
 	"CAP_SYS_TIME", "CAP_SYS_TTY_CONFIG", "CAP_MKNOD", "CAP_LEASE", "CAP_AUDIT_WRITE", "CAP_AUDIT_CONTROL",
 	"CAP_SETFCAP", "CAP_MAC_OVERRIDE", "CAP_MAC_ADMIN", "CAP_SYSLOG", "CAP_WAKE_ALARM", "CAP_BLOCK_SUSPEND",
 	"CAP_AUDIT_READ", "CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE",
+}
+
+// Finish takes back that liblxc makes all mounts shared after the pivot.
+type Finish struct {
+	// Propagation is the spec's rootfsPropagation ("", "private", "rslave", …).
+	Propagation string `json:"propagation,omitempty"`
+	// Mounts are those of the spec that ask for a propagation type.
+	Mounts []specs.Mount `json:"mounts,omitempty"`
+}
+
+// Enter is what a process of exec does before it gives up the host's rights.
+type Enter struct {
+	// Namespaces are clone flags: those of the container's init to be joined.
+	Namespaces uintptr `json:"namespaces"`
+	// OOMScoreAdj and Rlimits may need more than the container's root has; only
+	// hard limits are raised here.
+	OOMScoreAdj *int                `json:"oomScoreAdj,omitempty"`
+	Rlimits     []specs.POSIXRlimit `json:"rlimits,omitempty"`
 }
 
 // Seccomp is a compiled filter: raw struct sock_filter array in host byte order
@@ -174,7 +219,24 @@ type Command struct {
 type Error struct {
 	Kind    ErrorKind `json:"kind"`
 	Message string    `json:"message"`
+	// cause is what Failed was given; it does not travel.
+	cause error
 }
 
 // Error returns the message; it names the spec field and what failed.
 func (e *Error) Error() string { return e.Message }
+
+// Unwrap returns the reason behind it, where that is known.
+func (e *Error) Unwrap() error { return e.cause }
+
+// Fail makes a typed failure of a message that names the spec's field.
+func Fail(kind ErrorKind, message string) *Error { return &Error{Kind: kind, Message: message} }
+
+// Failed is Fail with the reason behind it. A reason that is a typed failure
+// already keeps its kind.
+func Failed(kind ErrorKind, what string, err error) *Error {
+	if typed, ok := err.(*Error); ok {
+		kind = typed.Kind
+	}
+	return &Error{Kind: kind, Message: what + ": " + err.Error(), cause: err}
+}

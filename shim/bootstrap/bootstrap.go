@@ -44,6 +44,7 @@ import (
 	"github.com/containerd-pve/containerd-pve/lxc"
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
 	"github.com/containerd-pve/containerd-pve/lxc/seccomp"
+	"github.com/containerd-pve/containerd-pve/lxc/tree"
 	_ "github.com/containerd-pve/containerd-pve/shim/task" // registers the service
 )
 
@@ -371,7 +372,7 @@ func (manager) Info(_ context.Context, stdin io.Reader) (*types.RuntimeInfo, err
 		OCIVersionMin: "1.0.0",
 		OCIVersionMax: specs.Version,
 		Hooks:         []string{"prestart", "createRuntime", "startContainer", "poststart", "poststop"},
-		MountOptions:  plan.MountOptions(),
+		MountOptions:  tree.Known(),
 		Linux: &features.Linux{
 			Namespaces:   []string{"cgroup", "ipc", "mount", "network", "pid", "uts"},
 			Cgroup:       &features.Cgroup{V1: &no, V2: &yes, Systemd: &yes, SystemdUser: &no, Rdma: &yes},

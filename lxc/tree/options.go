@@ -1,6 +1,15 @@
-package main
+// Package tree makes detached mount trees: what a mount of the spec asks for,
+// attached nowhere yet, so that no path is resolved twice.
+//
+// It owns the mount options of the runtime spec and the kernel's mount API, and
+// nothing else: where a tree is attached, and with whose rights it is made, is
+// its callers' business. The shim makes on the host what takes the host's rights
+// or the host's mounts, pve-init makes in the container what belongs to the
+// container's namespaces. pve-init links it, so it imports next to nothing.
+package tree
 
 import (
+	"slices"
 	"strings"
 
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -91,48 +100,66 @@ var noEffect = map[string]bool{
 	"": true, "defaults": true, "loud": true, "silent": true, "acl": true, "noacl": true, "iversion": true, "noiversion": true,
 }
 
-// propagation is one change of a mount's propagation type.
-type propagation struct {
+// Propagation is one change of a mount's propagation type.
+type Propagation struct {
 	flag      uint64
 	recursive bool
 }
 
-func parsePropagation(option string) (propagation, bool) {
+// ParsePropagation knows the propagation types and their recursive variants.
+func ParsePropagation(option string) (Propagation, bool) {
 	if flag, ok := propagations[option]; ok {
-		return propagation{flag: flag}, true
+		return Propagation{flag: flag}, true
 	}
 	if rest, ok := strings.CutPrefix(option, "r"); ok {
 		if flag, ok := propagations[rest]; ok {
-			return propagation{flag: flag, recursive: true}, true
+			return Propagation{flag: flag, recursive: true}, true
 		}
 	}
-	return propagation{}, false
+	return Propagation{}, false
 }
 
-// mountOptions is a spec mount's options, sorted by who they are for.
-type mountOptions struct {
-	// bind makes it a bind mount; recursive takes the mounts below the source along.
-	bind, recursive bool
+// Options is a spec mount's options, sorted by who they are for.
+type Options struct {
+	// Bind makes it a bind mount; Recursive takes the mounts below the source along.
+	Bind, Recursive bool
+	// Remount changes the mount that is there already.
+	Remount bool
+	// IDMap asks for an id-mapped mount, IDMapBelow for all below it as well.
+	IDMap, IDMapBelow bool
+	// CopyUp fills a tmpfs with what it covers.
+	CopyUp bool
+	// Propagation is what the mount is to be, in the spec's order.
+	Propagation []Propagation
+	// Data is for the file system.
+	Data []string
+
 	// attrs are for the mount, below for it and all below it.
 	attrs, below attrs
-	propagation  []propagation
 	super        []string
-	copyUp       bool
-	// unsupported is the first option that is understood and cannot be done.
-	unsupported string
-	// data is for the file system.
-	data []string
 }
 
-func parseOptions(m specs.Mount) mountOptions {
-	o := mountOptions{bind: m.Type == "bind"}
+// ReadOnly says that the mount itself is to be read-only.
+func (o *Options) ReadOnly() bool { return o.attrs.set&unix.MOUNT_ATTR_RDONLY != 0 }
+
+// Shared says that the mount is to stay in the peer group of its source.
+func (o *Options) Shared() (shared, below bool) {
+	for _, p := range o.Propagation {
+		shared, below = p.flag == unix.MS_SHARED, p.flag == unix.MS_SHARED && p.recursive
+	}
+	return shared, below
+}
+
+// Parse sorts the options of a mount of the spec.
+func Parse(m *specs.Mount) Options {
+	o := Options{Bind: m.Type == "bind", IDMap: len(m.UIDMappings)+len(m.GIDMappings) > 0}
 	for _, option := range m.Options {
 		if flag, ok := attrFlags[option]; ok {
 			o.attrs.add(flag)
 			continue
 		}
-		if p, ok := parsePropagation(option); ok {
-			o.propagation = append(o.propagation, p)
+		if p, ok := ParsePropagation(option); ok {
+			o.Propagation = append(o.Propagation, p)
 			continue
 		}
 		if rest, ok := strings.CutPrefix(option, "r"); ok {
@@ -143,24 +170,45 @@ func parseOptions(m specs.Mount) mountOptions {
 		}
 		switch {
 		case option == "bind":
-			o.bind = true
+			o.Bind = true
 		case option == "rbind":
-			o.bind, o.recursive = true, true
+			o.Bind, o.Recursive = true, true
 		case option == "tmpcopyup":
-			o.copyUp = true
-		case option == "remount" || option == "idmap" || option == "ridmap":
-			if o.unsupported == "" {
-				o.unsupported = option
-			}
+			o.CopyUp = true
+		case option == "remount":
+			o.Remount = true
+		case option == "idmap":
+			o.IDMap = true
+		case option == "ridmap":
+			o.IDMap, o.IDMapBelow = true, true
 		case superFlags[option]:
 			o.super = append(o.super, option)
 		case noEffect[option]:
 		default:
-			o.data = append(o.data, option)
+			o.Data = append(o.Data, option)
 		}
 	}
-	if o.unsupported == "" && len(m.UIDMappings)+len(m.GIDMappings) > 0 {
-		o.unsupported = "uidMappings"
-	}
 	return o
+}
+
+// Known are the options that mean the same for every mount, for those who ask
+// what a runtime can do.
+func Known() []string {
+	known := []string{"bind", "rbind", "remount", "idmap", "ridmap", "tmpcopyup"}
+	for name := range attrFlags {
+		known = append(known, name, "r"+name)
+	}
+	for name := range propagations {
+		known = append(known, name, "r"+name)
+	}
+	for name := range superFlags {
+		known = append(known, name)
+	}
+	for name := range noEffect {
+		if name != "" {
+			known = append(known, name)
+		}
+	}
+	slices.Sort(known)
+	return known
 }

@@ -1,0 +1,131 @@
+package lxc
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"golang.org/x/sys/unix"
+
+	"github.com/containerd-pve/containerd-pve/lxc/plan"
+)
+
+// hostFacts is the spec with what only this host knows filled in: the mappings of
+// a user namespace that is there already. It refuses what this host cannot do.
+func hostFacts(ctx context.Context, spec *specs.Spec) (*specs.Spec, error) {
+	if spec == nil || spec.Linux == nil {
+		return spec, nil
+	}
+	if spec.Linux.MountLabel != "" {
+		if _, err := os.Stat("/sys/fs/selinux/enforce"); err != nil {
+			return nil, fmt.Errorf("linux.mountLabel %q: SELinux is off on this host: %w", spec.Linux.MountLabel, errdefs.ErrFailedPrecondition)
+		}
+	}
+	i := slices.IndexFunc(spec.Linux.Namespaces, func(ns specs.LinuxNamespace) bool { return ns.Type == specs.UserNamespace })
+	if i < 0 || spec.Linux.Namespaces[i].Path == "" {
+		return spec, nil
+	}
+	field, path := fmt.Sprintf("linux.namespaces[%d]", i), spec.Linux.Namespaces[i].Path
+	full, linux := *spec, *spec.Linux
+	full.Linux = &linux
+	var err error
+	if len(linux.UIDMappings) == 0 {
+		if linux.UIDMappings, err = mappingsOf(ctx, path, "uid_map"); err != nil {
+			return nil, fmt.Errorf("%s: %w", field, err)
+		}
+	}
+	if len(linux.GIDMappings) == 0 {
+		if linux.GIDMappings, err = mappingsOf(ctx, path, "gid_map"); err != nil {
+			return nil, fmt.Errorf("%s: %w", field, err)
+		}
+	}
+	return &full, nil
+}
+
+// mappingsOf reads the mappings of a user namespace, which only its processes
+// show: one is put in.
+func mappingsOf(ctx context.Context, path, file string) ([]specs.LinuxIDMapping, error) {
+	nsenter, err := program("", "nsenter", "install util-linux for a user namespace by path")
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(ctx, nsenter, "--user="+path, "--", "cat", "/proc/self/"+file)
+	out, err := cmd.Output()
+	if err != nil {
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			err = fmt.Errorf("%w: %s", err, bytes.TrimSpace(exit.Stderr))
+		}
+		return nil, fmt.Errorf("read the mappings of %s: %w: %w", path, err, errdefs.ErrInvalidArgument)
+	}
+	return parseMappings(out)
+}
+
+// parseMappings reads the text of a uid_map.
+func parseMappings(text []byte) (out []specs.LinuxIDMapping, err error) {
+	lines := bufio.NewScanner(bytes.NewReader(text))
+	for lines.Scan() {
+		var m specs.LinuxIDMapping
+		if _, err := fmt.Sscan(lines.Text(), &m.ContainerID, &m.HostID, &m.Size); err != nil {
+			return nil, fmt.Errorf("mapping %q: %w", lines.Text(), err)
+		}
+		out = append(out, m)
+	}
+	return out, lines.Err()
+}
+
+// raiseLimits lets a process's hard limits be what they are to become, if that
+// is more: its own root cannot.
+func raiseLimits(pid int, list []specs.POSIXRlimit) error {
+	for _, l := range list {
+		resource, ok := plan.Rlimits[l.Type]
+		if !ok {
+			return fmt.Errorf("process.rlimits: unknown type %q: %w", l.Type, errdefs.ErrInvalidArgument)
+		}
+		var limit unix.Rlimit
+		err := unix.Prlimit(pid, resource, nil, &limit)
+		if err == nil && limit.Max < l.Hard {
+			limit.Max = l.Hard
+			err = unix.Prlimit(pid, resource, &limit, nil)
+		}
+		if err != nil {
+			return fmt.Errorf("process.rlimits: %s: %w", l.Type, err)
+		}
+	}
+	return nil
+}
+
+// own gives pipes to the container's user: its root may not, and a program that
+// opens /dev/stdout anew could not either.
+func (s Stdio) own(user *userNamespace, uid uint32) error {
+	if user == nil {
+		return nil
+	}
+	owner, ok := hostID(user.uid, uid)
+	if !ok {
+		return fmt.Errorf("process.user.uid %d is not mapped: %w", uid, errdefs.ErrInvalidArgument)
+	}
+	for _, f := range []*os.File{s.Stdin, s.Stdout, s.Stderr} {
+		if f == nil {
+			continue
+		}
+		st, err := f.Stat()
+		if err != nil {
+			return err
+		}
+		if st.Mode()&os.ModeNamedPipe == 0 {
+			continue
+		}
+		if err := f.Chown(int(owner), -1); err != nil {
+			return fmt.Errorf("give a standard stream to the container's user: %w", err)
+		}
+	}
+	return nil
+}
