@@ -23,8 +23,10 @@ var (
 )
 
 // remapped is a container in a user namespace of its own, with a root that
-// containerd has chowned to it.
+// containerd has chowned to it. (Of an image with hard links, as debian's,
+// containerd chowns the same file twice, and fails.)
 func remapped(o options) options {
+	o.image = busybox
 	o.spec = append([]oci.SpecOpts{oci.WithUserNamespace(uids, gids)}, o.spec...)
 	o.snapshot = func(id string, image client.Image) client.NewContainerOpts {
 		return client.WithUserNSRemappedSnapshot(id, image, uids, gids)
@@ -45,6 +47,11 @@ func shared(kind specs.LinuxNamespaceType, pid uint32) oci.SpecOpts {
 	file := map[specs.LinuxNamespaceType]string{specs.NetworkNamespace: "net", specs.PIDNamespace: "pid", specs.IPCNamespace: "ipc",
 		specs.UTSNamespace: "uts", specs.CgroupNamespace: "cgroup", specs.UserNamespace: "user", specs.TimeNamespace: "time"}[kind]
 	return oci.WithLinuxNamespace(specs.LinuxNamespace{Type: kind, Path: fmt.Sprintf("/proc/%d/ns/%s", pid, file)})
+}
+
+// readlinks is a script that shows namespaces of its own.
+func readlinks(kinds ...string) string {
+	return "for n in " + strings.Join(kinds, " ") + "; do readlink /proc/self/ns/$n; done"
 }
 
 // namespacesOf are the namespaces of a process, as readlink shows them.
@@ -119,7 +126,7 @@ exec sleep 1000`),
 		{"user", "id -u; id -g; id -G; grep CapEff /proc/self/status | cut -f2; touch /etc/x 2>/dev/null || echo no; touch /tmp/mine && stat -c %u:%g /tmp/mine; echo out >/dev/stdout", func(s *oci.Spec) {
 			s.Process.User = specs.User{UID: 1000, GID: 1001, AdditionalGids: []uint32{5, 77}}
 		}, []string{"1000", "1001", "1001 5 77", "0000000000000000", "no", "1000:1001", "out"}},
-		{"namespaces", "readlink /proc/self/ns/user /proc/self/ns/mnt /proc/self/ns/pid /proc/self/ns/net /proc/self/ns/ipc /proc/self/ns/uts /proc/self/ns/cgroup", nil,
+		{"namespaces", readlinks("user", "mnt", "pid", "net", "ipc", "uts", "cgroup"), nil,
 			namespacesOf(t, b.task.Pid(), "user", "mnt", "pid", "net", "ipc", "uts", "cgroup")},
 	} {
 		out, code, err := b.execIn(sh(c.script), c.change)
@@ -163,7 +170,7 @@ func TestUserNamespaceForeignNetwork(t *testing.T) {
 	}
 	b := start(t, remapped(options{args: sh("tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' ' | sort; test -d /sys/class/net && grep ' /sys ' /proc/self/mountinfo | cut -d' ' -f6; id -u; exec sleep 1000"),
 		spec: []oci.SpecOpts{oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/run/netns/foreign"})}}))
-	out, code, err := b.execIn(sh("grep -c seen /proc/net/dev; readlink /proc/self/ns/user /proc/self/ns/net"), nil)
+	out, code, err := b.execIn(sh("grep -c seen /proc/net/dev; " + readlinks("user", "net")), nil)
 	if err != nil || code != 0 {
 		t.Errorf("exec: code %d, %v", code, err)
 	}
@@ -187,7 +194,7 @@ func TestUserNamespaceTerminal(t *testing.T) {
 // TestUserNamespaceCtr: as ctr asks for it.
 func TestUserNamespaceCtr(t *testing.T) {
 	out, code := command("ctr", "run", "--rm", "--runtime", ours, "--snapshotter", zfs, "--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536",
-		debian, "ctruser", "sh", "-c", "stat -c %u / /etc/passwd; tr -s ' ' </proc/self/uid_map")
+		busybox, "ctruser", "sh", "-c", "stat -c %u / /etc/passwd; tr -s ' ' </proc/self/uid_map")
 	if code != 0 {
 		t.Errorf("status %d", code)
 	}
@@ -209,7 +216,7 @@ func TestUserNamespaceByPath(t *testing.T) {
 	if got := strings.Join(namespacesOf(t, second.task.Pid(), kinds...), "\n") + "\n"; got != want {
 		t.Errorf("namespaces\n%swant\n%s", got, want)
 	}
-	out, code, err := second.execIn(sh("id -u; readlink /proc/self/ns/user /proc/self/ns/net /proc/self/ns/ipc /proc/self/ns/uts /proc/self/ns/pid"), nil)
+	out, code, err := second.execIn(sh("id -u; " + readlinks(kinds...)), nil)
 	if err != nil || code != 0 || out != "0\n"+want {
 		t.Errorf("exec: code %d, %v, %s", code, err, out)
 	}
@@ -282,15 +289,14 @@ func TestTimeNamespace(t *testing.T) {
 // stays the host's although liblxc would make a new one.
 func TestNamespacesByPath(t *testing.T) {
 	kinds := []string{"net", "ipc", "uts", "pid", "cgroup"}
-	readlinks := "for n in " + strings.Join(kinds, " ") + "; do readlink /proc/self/ns/$n; done"
 	first := start(t, options{args: []string{"sleep", "1000"}, spec: []oci.SpecOpts{oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.CgroupNamespace})}})
 	pid := first.task.Pid()
-	second := start(t, options{args: sh(readlinks + "; hostname; cat /proc/sys/kernel/domainname; exec sleep 1000"),
+	second := start(t, options{args: sh(readlinks(kinds...) + "; hostname; cat /proc/sys/kernel/domainname; exec sleep 1000"),
 		spec: []oci.SpecOpts{shared(specs.NetworkNamespace, pid), shared(specs.IPCNamespace, pid), shared(specs.UTSNamespace, pid),
 			shared(specs.PIDNamespace, pid), shared(specs.CgroupNamespace, pid), oci.WithHostname("taken"), oci.WithDomainname("over")},
 		edit: func(s *oci.Spec) { s.Hostname = "taken" }})
 	want := namespacesOf(t, pid, kinds...)
-	out, code, err := second.execIn(sh(readlinks), nil)
+	out, code, err := second.execIn(sh(readlinks(kinds...)), nil)
 	if err != nil || code != 0 {
 		t.Errorf("exec: code %d, %v", code, err)
 	}

@@ -42,6 +42,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	"github.com/containerd-pve/containerd-pve/lxc"
+	"github.com/containerd-pve/containerd-pve/lxc/tree"
 	_ "github.com/containerd-pve/containerd-pve/shim/task" // registers the service
 )
 
@@ -368,14 +369,15 @@ func (manager) Info(_ context.Context, stdin io.Reader) (*types.RuntimeInfo, err
 	f := &features.Features{
 		OCIVersionMin: "1.0.0",
 		OCIVersionMax: specs.Version,
-		Hooks:         []string{"prestart", "createRuntime", "startContainer", "poststart", "poststop"},
+		Hooks:         []string{"prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"},
+		MountOptions:  tree.Known(),
 		Linux: &features.Linux{
-			Namespaces: []string{"cgroup", "ipc", "mount", "network", "pid", "uts"},
+			Namespaces: []string{"cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"},
 			Cgroup:     &features.Cgroup{V1: &no, V2: &yes, Systemd: &no, SystemdUser: &no, Rdma: &yes},
 			Seccomp:    &features.Seccomp{Enabled: &yes},
 			Apparmor:   &features.Apparmor{Enabled: &yes},
 			MountExtensions: &features.MountExtensions{
-				IDMap: &features.IDMap{Enabled: &no},
+				IDMap: &features.IDMap{Enabled: &yes},
 			},
 		},
 	}
