@@ -170,7 +170,7 @@ func TestUserNamespaceForeignNetwork(t *testing.T) {
 	}
 	b := start(t, remapped(options{args: sh("tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' ' | sort; test -d /sys/class/net && grep ' /sys ' /proc/self/mountinfo | cut -d' ' -f6; id -u; exec sleep 1000"),
 		spec: []oci.SpecOpts{oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/run/netns/foreign"})}}))
-	out, code, err := b.execIn(sh("grep -c seen /proc/net/dev; " + readlinks("user", "net")), nil)
+	out, code, err := b.execIn(sh("grep -c seen /proc/net/dev; "+readlinks("user", "net")), nil)
 	if err != nil || code != 0 {
 		t.Errorf("exec: code %d, %v", code, err)
 	}
@@ -216,7 +216,7 @@ func TestUserNamespaceByPath(t *testing.T) {
 	if got := strings.Join(namespacesOf(t, second.task.Pid(), kinds...), "\n") + "\n"; got != want {
 		t.Errorf("namespaces\n%swant\n%s", got, want)
 	}
-	out, code, err := second.execIn(sh("id -u; " + readlinks(kinds...)), nil)
+	out, code, err := second.execIn(sh("id -u; "+readlinks(kinds...)), nil)
 	if err != nil || code != 0 || out != "0\n"+want {
 		t.Errorf("exec: code %d, %v, %s", code, err, out)
 	}
@@ -318,5 +318,46 @@ func TestNamespacesByPath(t *testing.T) {
 	out, _, _ = run(t, options{args: sh("readlink /proc/self/ns/cgroup; cat /proc/self/cgroup"), spec: []oci.SpecOpts{shared(specs.NetworkNamespace, pid)}})
 	if host := namespacesOf(t, uint32(os.Getpid()), "cgroup")[0]; !strings.HasPrefix(out, host+"\n0::/default/") {
 		t.Errorf("cgroup namespace %q, want %q", out, host)
+	}
+}
+
+// TestNetDevices: devices of the host are the container's, with their addresses.
+func TestNetDevices(t *testing.T) {
+	for _, argv := range [][]string{
+		{"ip", "link", "add", "nd0", "type", "dummy"}, {"ip", "link", "add", "nd1", "mtu", "1400", "type", "dummy"},
+		{"ip", "addr", "add", "10.9.8.7/24", "dev", "nd0"}, {"ip", "addr", "add", "fd00::7/64", "dev", "nd0"},
+	} {
+		if out, code := command(argv...); code != 0 {
+			t.Fatal(out)
+		}
+	}
+	t.Cleanup(func() { command("ip", "link", "del", "nd0"); command("ip", "link", "del", "nd1") })
+	b := start(t, options{args: []string{"sleep", "1000"}, edit: func(s *oci.Spec) {
+		s.Linux.NetDevices = map[string]specs.LinuxNetDevice{"nd0": {Name: "eth7"}, "nd1": {Name: "made%d"}}
+	}})
+	out, code := command("nsenter", "-t", fmt.Sprint(b.task.Pid()), "-n", "--", "ip", "-o", "addr")
+	for _, want := range []string{"eth7    inet 10.9.8.7/24", "eth7    inet6 fd00::7/64"} {
+		if code != 0 || !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	out, code = command("nsenter", "-t", fmt.Sprint(b.task.Pid()), "-n", "--", "ip", "-o", "link")
+	for _, want := range []string{"eth7: <BROADCAST,NOARP,UP,LOWER_UP>", "made0: <BROADCAST,NOARP,UP,LOWER_UP> mtu 1400"} {
+		if code != 0 || !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	if out, code := command("ip", "link", "show", "nd0"); code == 0 {
+		t.Errorf("it is on the host still: %s", out)
+	}
+	for name, device := range map[string]specs.LinuxNetDevice{"nosuchdevice": {}, "nd2": {Name: "lo"}} {
+		command("ip", "link", "add", "nd2", "type", "dummy")
+		_, err := create(t, options{args: []string{"true"}, edit: func(s *oci.Spec) { s.Linux.NetDevices = map[string]specs.LinuxNetDevice{name: device} }})
+		if err == nil || !strings.Contains(err.Error(), "linux.netDevices") {
+			t.Errorf("%s as %q: %v", name, device.Name, err)
+		}
+	}
+	if out, code := command("ip", "link", "del", "nd2"); code != 0 {
+		t.Errorf("it did not stay on the host: %s", out)
 	}
 }

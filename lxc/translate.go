@@ -175,6 +175,9 @@ func translate(o CreateOptions, name string) (*translation, error) {
 	if err := t.checkTime(spec.Linux); err != nil {
 		return nil, err
 	}
+	if err := checkNetDevices(spec.Linux.NetDevices, present[specs.NetworkNamespace]); err != nil {
+		return nil, err
+	}
 	inherited := ""
 	if t.cgroupNS != "" {
 		inherited = fmt.Sprintf(" %d", cgroupFD)
@@ -299,8 +302,6 @@ func check(spec *specs.Spec) error {
 	switch {
 	case l.IntelRdt != nil:
 		return unsupported("linux.intelRdt")
-	case len(l.NetDevices) > 0:
-		return unsupported("linux.netDevices")
 	case l.MemoryPolicy != nil:
 		return unsupported("linux.memoryPolicy")
 	}

@@ -379,6 +379,7 @@ func (manager) Info(_ context.Context, stdin io.Reader) (*types.RuntimeInfo, err
 			MountExtensions: &features.MountExtensions{
 				IDMap: &features.IDMap{Enabled: &yes},
 			},
+			NetDevices: &features.NetDevices{Enabled: &yes},
 		},
 	}
 	a, err := typeurl.MarshalAny(f)
