@@ -23,8 +23,10 @@ var (
 )
 
 // remapped is a container in a user namespace of its own, with a root that
-// containerd has chowned to it.
+// containerd has chowned to it. (Of an image with hard links, as debian's,
+// containerd chowns the same file twice, and fails.)
 func remapped(o options) options {
+	o.image = busybox
 	o.spec = append([]oci.SpecOpts{oci.WithUserNamespace(uids, gids)}, o.spec...)
 	o.snapshot = func(id string, image client.Image) client.NewContainerOpts {
 		return client.WithUserNSRemappedSnapshot(id, image, uids, gids)
@@ -45,6 +47,11 @@ func shared(kind specs.LinuxNamespaceType, pid uint32) oci.SpecOpts {
 	file := map[specs.LinuxNamespaceType]string{specs.NetworkNamespace: "net", specs.PIDNamespace: "pid", specs.IPCNamespace: "ipc",
 		specs.UTSNamespace: "uts", specs.CgroupNamespace: "cgroup", specs.UserNamespace: "user", specs.TimeNamespace: "time"}[kind]
 	return oci.WithLinuxNamespace(specs.LinuxNamespace{Type: kind, Path: fmt.Sprintf("/proc/%d/ns/%s", pid, file)})
+}
+
+// readlinks is a script that shows namespaces of its own.
+func readlinks(kinds ...string) string {
+	return "for n in " + strings.Join(kinds, " ") + "; do readlink /proc/self/ns/$n; done"
 }
 
 // namespacesOf are the namespaces of a process, as readlink shows them.
@@ -119,7 +126,7 @@ exec sleep 1000`),
 		{"user", "id -u; id -g; id -G; grep CapEff /proc/self/status | cut -f2; touch /etc/x 2>/dev/null || echo no; touch /tmp/mine && stat -c %u:%g /tmp/mine; echo out >/dev/stdout", func(s *oci.Spec) {
 			s.Process.User = specs.User{UID: 1000, GID: 1001, AdditionalGids: []uint32{5, 77}}
 		}, []string{"1000", "1001", "1001 5 77", "0000000000000000", "no", "1000:1001", "out"}},
-		{"namespaces", "readlink /proc/self/ns/user /proc/self/ns/mnt /proc/self/ns/pid /proc/self/ns/net /proc/self/ns/ipc /proc/self/ns/uts /proc/self/ns/cgroup", nil,
+		{"namespaces", readlinks("user", "mnt", "pid", "net", "ipc", "uts", "cgroup"), nil,
 			namespacesOf(t, b.task.Pid(), "user", "mnt", "pid", "net", "ipc", "uts", "cgroup")},
 	} {
 		out, code, err := b.execIn(sh(c.script), c.change)
@@ -163,7 +170,7 @@ func TestUserNamespaceForeignNetwork(t *testing.T) {
 	}
 	b := start(t, remapped(options{args: sh("tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' ' | sort; test -d /sys/class/net && grep ' /sys ' /proc/self/mountinfo | cut -d' ' -f6; id -u; exec sleep 1000"),
 		spec: []oci.SpecOpts{oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/run/netns/foreign"})}}))
-	out, code, err := b.execIn(sh("grep -c seen /proc/net/dev; readlink /proc/self/ns/user /proc/self/ns/net"), nil)
+	out, code, err := b.execIn(sh("grep -c seen /proc/net/dev; "+readlinks("user", "net")), nil)
 	if err != nil || code != 0 {
 		t.Errorf("exec: code %d, %v", code, err)
 	}
@@ -187,7 +194,7 @@ func TestUserNamespaceTerminal(t *testing.T) {
 // TestUserNamespaceCtr: as ctr asks for it.
 func TestUserNamespaceCtr(t *testing.T) {
 	out, code := command("ctr", "run", "--rm", "--runtime", ours, "--snapshotter", zfs, "--uidmap", "0:100000:65536", "--gidmap", "0:200000:65536",
-		debian, "ctruser", "sh", "-c", "stat -c %u / /etc/passwd; tr -s ' ' </proc/self/uid_map")
+		busybox, "ctruser", "sh", "-c", "stat -c %u / /etc/passwd; tr -s ' ' </proc/self/uid_map")
 	if code != 0 {
 		t.Errorf("status %d", code)
 	}
@@ -209,7 +216,7 @@ func TestUserNamespaceByPath(t *testing.T) {
 	if got := strings.Join(namespacesOf(t, second.task.Pid(), kinds...), "\n") + "\n"; got != want {
 		t.Errorf("namespaces\n%swant\n%s", got, want)
 	}
-	out, code, err := second.execIn(sh("id -u; readlink /proc/self/ns/user /proc/self/ns/net /proc/self/ns/ipc /proc/self/ns/uts /proc/self/ns/pid"), nil)
+	out, code, err := second.execIn(sh("id -u; "+readlinks(kinds...)), nil)
 	if err != nil || code != 0 || out != "0\n"+want {
 		t.Errorf("exec: code %d, %v, %s", code, err, out)
 	}
@@ -282,15 +289,14 @@ func TestTimeNamespace(t *testing.T) {
 // stays the host's although liblxc would make a new one.
 func TestNamespacesByPath(t *testing.T) {
 	kinds := []string{"net", "ipc", "uts", "pid", "cgroup"}
-	readlinks := "for n in " + strings.Join(kinds, " ") + "; do readlink /proc/self/ns/$n; done"
 	first := start(t, options{args: []string{"sleep", "1000"}, spec: []oci.SpecOpts{oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.CgroupNamespace})}})
 	pid := first.task.Pid()
-	second := start(t, options{args: sh(readlinks + "; hostname; cat /proc/sys/kernel/domainname; exec sleep 1000"),
+	second := start(t, options{args: sh(readlinks(kinds...) + "; hostname; cat /proc/sys/kernel/domainname; exec sleep 1000"),
 		spec: []oci.SpecOpts{shared(specs.NetworkNamespace, pid), shared(specs.IPCNamespace, pid), shared(specs.UTSNamespace, pid),
 			shared(specs.PIDNamespace, pid), shared(specs.CgroupNamespace, pid), oci.WithHostname("taken"), oci.WithDomainname("over")},
 		edit: func(s *oci.Spec) { s.Hostname = "taken" }})
 	want := namespacesOf(t, pid, kinds...)
-	out, code, err := second.execIn(sh(readlinks), nil)
+	out, code, err := second.execIn(sh(readlinks(kinds...)), nil)
 	if err != nil || code != 0 {
 		t.Errorf("exec: code %d, %v", code, err)
 	}
@@ -312,5 +318,46 @@ func TestNamespacesByPath(t *testing.T) {
 	out, _, _ = run(t, options{args: sh("readlink /proc/self/ns/cgroup; cat /proc/self/cgroup"), spec: []oci.SpecOpts{shared(specs.NetworkNamespace, pid)}})
 	if host := namespacesOf(t, uint32(os.Getpid()), "cgroup")[0]; !strings.HasPrefix(out, host+"\n0::/default/") {
 		t.Errorf("cgroup namespace %q, want %q", out, host)
+	}
+}
+
+// TestNetDevices: devices of the host are the container's, with their addresses.
+func TestNetDevices(t *testing.T) {
+	for _, argv := range [][]string{
+		{"ip", "link", "add", "nd0", "type", "dummy"}, {"ip", "link", "add", "nd1", "mtu", "1400", "type", "dummy"},
+		{"ip", "addr", "add", "10.9.8.7/24", "dev", "nd0"}, {"ip", "addr", "add", "fd00::7/64", "dev", "nd0"},
+	} {
+		if out, code := command(argv...); code != 0 {
+			t.Fatal(out)
+		}
+	}
+	t.Cleanup(func() { command("ip", "link", "del", "nd0"); command("ip", "link", "del", "nd1") })
+	b := start(t, options{args: []string{"sleep", "1000"}, edit: func(s *oci.Spec) {
+		s.Linux.NetDevices = map[string]specs.LinuxNetDevice{"nd0": {Name: "eth7"}, "nd1": {Name: "made%d"}}
+	}})
+	out, code := command("nsenter", "-t", fmt.Sprint(b.task.Pid()), "-n", "--", "ip", "-o", "addr")
+	for _, want := range []string{"eth7    inet 10.9.8.7/24", "eth7    inet6 fd00::7/64"} {
+		if code != 0 || !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	out, code = command("nsenter", "-t", fmt.Sprint(b.task.Pid()), "-n", "--", "ip", "-o", "link")
+	for _, want := range []string{"eth7: <BROADCAST,NOARP,UP,LOWER_UP>", "made0: <BROADCAST,NOARP,UP,LOWER_UP> mtu 1400"} {
+		if code != 0 || !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	if out, code := command("ip", "link", "show", "nd0"); code == 0 {
+		t.Errorf("it is on the host still: %s", out)
+	}
+	for name, device := range map[string]specs.LinuxNetDevice{"nosuchdevice": {}, "nd2": {Name: "lo"}} {
+		command("ip", "link", "add", "nd2", "type", "dummy")
+		_, err := create(t, options{args: []string{"true"}, edit: func(s *oci.Spec) { s.Linux.NetDevices = map[string]specs.LinuxNetDevice{name: device} }})
+		if err == nil || !strings.Contains(err.Error(), "linux.netDevices") {
+			t.Errorf("%s as %q: %v", name, device.Name, err)
+		}
+	}
+	if out, code := command("ip", "link", "del", "nd2"); code != 0 {
+		t.Errorf("it did not stay on the host: %s", out)
 	}
 }

@@ -207,6 +207,9 @@ func (c *Container) beforeHooks(pid int, t *translation) error {
 			return err
 		}
 	}
+	if err := moveNetDevices(pid, c.spec.Linux.NetDevices); err != nil {
+		return err
+	}
 	if c.user == nil {
 		return nil
 	}

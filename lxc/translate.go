@@ -178,6 +178,9 @@ func translate(o CreateOptions, name string) (*translation, error) {
 	if err := t.checkTime(spec.Linux); err != nil {
 		return nil, err
 	}
+	if err := checkNetDevices(spec.Linux.NetDevices, present[specs.NetworkNamespace]); err != nil {
+		return nil, err
+	}
 	inherited := ""
 	if t.cgroupNS != "" {
 		inherited = fmt.Sprintf(" %d", cgroupFD)
@@ -321,9 +324,6 @@ func check(spec *specs.Spec) error {
 		return fmt.Errorf("process is missing: %w", errdefs.ErrInvalidArgument)
 	case spec.Linux == nil:
 		return fmt.Errorf("linux is missing: %w", errdefs.ErrInvalidArgument)
-	}
-	if len(spec.Linux.NetDevices) > 0 {
-		return unsupported("linux.netDevices")
 	}
 	return checkPersonality(spec.Linux.Personality)
 }

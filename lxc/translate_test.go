@@ -131,6 +131,13 @@ func TestTranslateRefuses(t *testing.T) {
 		}, "linux.resources.memory.swappiness", errdefs.IsNotImplemented},
 		{"sysctl of the host", func(s *specs.Spec) { s.Linux.Sysctl = map[string]string{"kernel.panic": "1"} }, "kernel.panic", errdefs.IsInvalidArgument},
 		{"sysctl that climbs", func(s *specs.Spec) { s.Linux.Sysctl = map[string]string{"net/../kernel/panic": "1"} }, "net/../kernel/panic", errdefs.IsInvalidArgument},
+		{"network device of the host's namespace", func(s *specs.Spec) {
+			s.Linux.Namespaces = s.Linux.Namespaces[:4]
+			s.Linux.NetDevices = map[string]specs.LinuxNetDevice{"eth0": {}}
+		}, "linux.netDevices", errdefs.IsInvalidArgument},
+		{"network device with a name that is a path", func(s *specs.Spec) {
+			s.Linux.NetDevices = map[string]specs.LinuxNetDevice{"eth0": {Name: "a/b"}}
+		}, "linux.netDevices", errdefs.IsInvalidArgument},
 		{"hook without an absolute path", func(s *specs.Spec) { s.Hooks = &specs.Hooks{CreateContainer: []specs.Hook{{}}} }, "hooks.createContainer[0].path", errdefs.IsInvalidArgument},
 		{"hook without time", func(s *specs.Spec) { s.Hooks = &specs.Hooks{Poststop: []specs.Hook{{Path: "/a", Timeout: new(int)}}} }, "hooks.poststop[0].timeout", errdefs.IsInvalidArgument},
 	} {

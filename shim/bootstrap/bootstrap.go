@@ -371,10 +371,10 @@ func (manager) Info(_ context.Context, stdin io.Reader) (*types.RuntimeInfo, err
 	f := &features.Features{
 		OCIVersionMin: "1.0.0",
 		OCIVersionMax: specs.Version,
-		Hooks:         []string{"prestart", "createRuntime", "startContainer", "poststart", "poststop"},
+		Hooks:         []string{"prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"},
 		MountOptions:  tree.Known(),
 		Linux: &features.Linux{
-			Namespaces:   []string{"cgroup", "ipc", "mount", "network", "pid", "uts"},
+			Namespaces:   []string{"cgroup", "ipc", "mount", "network", "pid", "time", "user", "uts"},
 			Cgroup:       &features.Cgroup{V1: &no, V2: &yes, Systemd: &yes, SystemdUser: &no, Rdma: &yes},
 			Capabilities: plan.Capabilities,
 			Seccomp: &features.Seccomp{
@@ -386,8 +386,9 @@ func (manager) Info(_ context.Context, stdin io.Reader) (*types.RuntimeInfo, err
 			IntelRdt:     &features.IntelRdt{Enabled: &no},
 			MemoryPolicy: &features.MemoryPolicy{Modes: names(lxc.MemoryPolicyModes()), Flags: names(lxc.MemoryPolicyFlags())},
 			MountExtensions: &features.MountExtensions{
-				IDMap: &features.IDMap{Enabled: &no},
+				IDMap: &features.IDMap{Enabled: &yes},
 			},
+			NetDevices: &features.NetDevices{Enabled: &yes},
 		},
 	}
 	a, err := typeurl.MarshalAny(f)
