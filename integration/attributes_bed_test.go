@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/oci"
@@ -336,4 +337,23 @@ func TestExecLife(t *testing.T) {
 			t.Errorf("processes after init's end: %v", pids)
 		}
 	})
+}
+
+// TestSystemdMissing: this guest is not booted by systemd, so its cgroup driver
+// is refused.
+func TestSystemdMissing(t *testing.T) {
+	ctx, c := background(t), connect(t)
+	image, err := c.GetImage(ctx, debian)
+	if err != nil {
+		t.Fatal(err)
+	}
+	container, err := c.NewContainer(ctx, "nosystemd", client.WithImage(image), client.WithSnapshotter(zfs), client.WithNewSnapshot("nosystemd", image),
+		client.WithNewSpec(oci.WithImageConfig(image), oci.WithCgroup("a.slice:b:c")), client.WithRuntime(ours, &runcoptions.Options{SystemdCgroup: true}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = container.Delete(ctx, client.WithSnapshotCleanup) }()
+	if _, err := container.NewTask(ctx, cio.NullIO); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "SystemdCgroup") {
+		t.Errorf("%v", err)
+	}
 }
