@@ -137,7 +137,7 @@ func TestExecAttributes(t *testing.T) {
 		{"SCHED_BATCH", policy, sched(specs.Scheduler{Policy: specs.SchedBatch}), []string{"scheduling policy: SCHED_BATCH"}},
 		{"SCHED_IDLE", policy, sched(specs.Scheduler{Policy: specs.SchedIdle}), []string{"scheduling policy: SCHED_IDLE"}},
 		{"SCHED_DEADLINE", policy, sched(specs.Scheduler{Policy: specs.SchedDeadline, Runtime: 10_000_000, Deadline: 50_000_000, Period: 100_000_000,
-			Flags: []specs.LinuxSchedulerFlag{specs.SchedFlagResetOnFork, specs.SchedFlagReclaim, specs.SchedFlagDLOverrun}}),
+			Flags: []specs.LinuxSchedulerFlag{specs.SchedFlagResetOnFork, specs.SchedFlagReclaim}}),
 			[]string{"scheduling policy: SCHED_DEADLINE|SCHED_RESET_ON_FORK", "runtime/deadline/period parameters: 10000000/50000000/100000000"}},
 		{"ioPriority, realtime", "ionice", func(s *oci.Spec) {
 			s.Process.IOPriority = &specs.LinuxIOPriority{Class: specs.IOPRIO_CLASS_RT, Priority: 2}
