@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/oci"
@@ -136,7 +137,7 @@ func TestExecAttributes(t *testing.T) {
 		{"SCHED_BATCH", policy, sched(specs.Scheduler{Policy: specs.SchedBatch}), []string{"scheduling policy: SCHED_BATCH"}},
 		{"SCHED_IDLE", policy, sched(specs.Scheduler{Policy: specs.SchedIdle}), []string{"scheduling policy: SCHED_IDLE"}},
 		{"SCHED_DEADLINE", policy, sched(specs.Scheduler{Policy: specs.SchedDeadline, Runtime: 10_000_000, Deadline: 50_000_000, Period: 100_000_000,
-			Flags: []specs.LinuxSchedulerFlag{specs.SchedFlagResetOnFork, specs.SchedFlagReclaim, specs.SchedFlagDLOverrun}}),
+			Flags: []specs.LinuxSchedulerFlag{specs.SchedFlagResetOnFork, specs.SchedFlagReclaim}}),
 			[]string{"scheduling policy: SCHED_DEADLINE|SCHED_RESET_ON_FORK", "runtime/deadline/period parameters: 10000000/50000000/100000000"}},
 		{"ioPriority, realtime", "ionice", func(s *oci.Spec) {
 			s.Process.IOPriority = &specs.LinuxIOPriority{Class: specs.IOPRIO_CLASS_RT, Priority: 2}
@@ -336,4 +337,23 @@ func TestExecLife(t *testing.T) {
 			t.Errorf("processes after init's end: %v", pids)
 		}
 	})
+}
+
+// TestSystemdMissing: this guest is not booted by systemd, so its cgroup driver
+// is refused.
+func TestSystemdMissing(t *testing.T) {
+	ctx, c := background(t), connect(t)
+	image, err := c.GetImage(ctx, debian)
+	if err != nil {
+		t.Fatal(err)
+	}
+	container, err := c.NewContainer(ctx, "nosystemd", client.WithImage(image), client.WithSnapshotter(zfs), client.WithNewSnapshot("nosystemd", image),
+		client.WithNewSpec(oci.WithImageConfig(image), oci.WithCgroup("a.slice:b:c")), client.WithRuntime(ours, &runcoptions.Options{SystemdCgroup: true}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = container.Delete(ctx, client.WithSnapshotCleanup) }()
+	if _, err := container.NewTask(ctx, cio.NullIO); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "SystemdCgroup") {
+		t.Errorf("%v", err)
+	}
 }

@@ -51,6 +51,14 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// must ends the test for a step that it only builds on.
+func must(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // background is a context of containerd's namespace "default".
 func background(t *testing.T) context.Context {
 	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), "default"), 5*time.Minute)

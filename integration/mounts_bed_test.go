@@ -18,13 +18,6 @@ import (
 // mountAdmin lets the container's root mount.
 var mountAdmin = oci.WithAddedCapabilities([]string{"CAP_SYS_ADMIN"})
 
-func must(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // hostMount mounts on the host until the end of the test.
 func hostMount(t *testing.T, source, target, kind string, flags uintptr, data string) {
 	t.Helper()

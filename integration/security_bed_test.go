@@ -32,13 +32,6 @@ next:
 	s.Mounts = kept
 }
 
-func must(t *testing.T, err error) {
-	t.Helper()
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // replace puts a symlink where something was.
 func replace(t *testing.T, path, target string) {
 	t.Helper()
