@@ -175,7 +175,7 @@ func TestMountsOfMountManager(t *testing.T) {
 				t.Error(err)
 			}
 		})
-		container, err := c.NewContainer(ctx, id, client.WithRuntime(ours, nil), client.WithNewSpec(oci.WithImageConfig(image), oci.WithProcessArgs(args...)))
+		container, err := c.NewContainer(ctx, id, client.WithRuntime(ours, nil), client.WithNewSpec(oci.WithDefaultPathEnv, oci.WithProcessArgs(args...)))
 		if err != nil {
 			t.Fatal(err)
 		}
