@@ -95,6 +95,7 @@ type Result struct {
 	Outcome Outcome
 	Elapsed time.Duration
 	Output  string
+	Second  bool // of the second try
 }
 
 // Top says whether the test is no subtest.
@@ -188,6 +189,44 @@ func Judge(list []Expectation, results []Result, wanted []string) []string {
 		say("no test ran")
 	}
 	return wrong
+}
+
+// Failed are the top-level tests that failed or did not end, and may not.
+func Failed(list []Expectation, results []Result) []string {
+	var names []string
+	for _, r := range results {
+		if !r.Top() {
+			continue
+		}
+		of := slices.DeleteFunc(slices.Clone(results), func(x Result) bool {
+			return x.Name != r.Name && !strings.HasPrefix(x.Name, r.Name+"/") || x.Outcome == Pass || x.Outcome == Skip
+		})
+		if len(of) > 0 && len(Judge(list, of, []string{})) > 0 {
+			names = append(names, r.Name)
+		}
+	}
+	return names
+}
+
+// Merge puts the results of the second try in the place of the first's.
+func Merge(first, second []Result) []Result {
+	again := map[string]bool{}
+	for _, r := range second {
+		if r.Top() {
+			again[r.Name] = true
+		}
+	}
+	var all []Result
+	for _, r := range first {
+		if top, _, _ := strings.Cut(r.Name, "/"); !again[top] {
+			all = append(all, r)
+		}
+	}
+	for _, r := range second {
+		r.Second = true
+		all = append(all, r)
+	}
+	return all
 }
 
 // byChildren says whether the test failed because a subtest did: that one is judged itself.
@@ -291,6 +330,15 @@ Not run: the suite's three fuzz targets (they have no seeds, and one downloads f
 	}
 	slices.Sort(passed)
 	fmt.Fprintf(&b, "## Pass: %d\n\n%s\n", len(passed), strings.Join(passed, "\n"))
+	var second []string
+	for _, r := range results {
+		if r.Top() && r.Outcome == Pass && r.Second {
+			second = append(second, r.Name)
+		}
+	}
+	if len(second) > 0 {
+		fmt.Fprintf(&b, "\nOf these at the second try, alone in a fresh guest: %s.\n", strings.Join(second, ", "))
+	}
 	if wrong := Judge(list, results, nil); len(wrong) > 0 {
 		fmt.Fprintf(&b, "\n## Not as the list says\n\n- %s\n", strings.Join(wrong, "\n- "))
 	}

@@ -106,3 +106,26 @@ func TestJudge(t *testing.T) {
 		t.Errorf("own failure: %q", got)
 	}
 }
+
+func TestSecondTry(t *testing.T) {
+	list := []Expectation{{"TestSub/bad", Fails, "r"}, {"TestListed", Fails, "r"}}
+	first := []Result{
+		{Name: "TestGood", Outcome: Pass}, {Name: "TestSlow", Outcome: Fail}, {Name: "TestSlow/a", Outcome: Fail},
+		{Name: "TestSub", Outcome: Fail}, {Name: "TestSub/bad", Outcome: Fail}, {Name: "TestListed", Outcome: Fail},
+		{Name: "TestStuck", Outcome: Unended},
+	}
+	if got := Failed(list, first); !slices.Equal(got, []string{"TestSlow", "TestStuck"}) {
+		t.Errorf("to be tried again: %q", got)
+	}
+	merged := Merge(first, []Result{{Name: "TestSlow", Outcome: Pass}, {Name: "TestSlow/b", Outcome: Pass}})
+	var names []string
+	for _, r := range merged {
+		names = append(names, r.Name)
+	}
+	if want := []string{"TestGood", "TestSub", "TestSub/bad", "TestListed", "TestStuck", "TestSlow", "TestSlow/b"}; !slices.Equal(names, want) {
+		t.Errorf("merged %q, want %q", names, want)
+	}
+	if report := Report(Run{}, list, merged); !strings.Contains(report, "second try, alone in a fresh guest: TestSlow.") {
+		t.Errorf("the report hides the second try:\n%s", report)
+	}
+}

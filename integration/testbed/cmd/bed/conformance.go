@@ -22,7 +22,10 @@ import (
 )
 
 // perSuite is the time limit for the suite: it sleeps much, and the guest is slow.
-const perSuite = 45 * time.Minute
+const perSuite = time.Hour
+
+// maxAgain is how many failed tests are tried a second time: more have one cause, and it is not time.
+const maxAgain = 5
 
 // conformance runs containerd's client suite and holds its results against the list.
 func (b *bed) conformance(ctx context.Context, args []string) error {
@@ -69,11 +72,21 @@ func (b *bed) conformance(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	results, kernel, err := b.suite(ctx, programs, run)
+	results, kernel, err := b.suite(ctx, programs, run, "conformance")
 	if err != nil {
 		return err
 	}
 	about.Kernel = kernel
+	// Some of the suite's tests give daemons and restarts a second or two, which a loaded machine's emulated guest may
+	// not keep. The second try is in a guest of its own, and the report names it.
+	if again := conformance.Failed(list, results); len(again) > 0 && len(again) <= maxAgain {
+		fmt.Println("conformance: once more:", strings.Join(again, " "))
+		second, _, err := b.suite(ctx, programs, "^("+strings.Join(again, "|")+")$", "conformance-again")
+		if err != nil {
+			return err
+		}
+		results = conformance.Merge(results, second)
+	}
 	wrong := conformance.Judge(list, results, wanted)
 	for _, w := range wrong {
 		fmt.Println("conformance:", w)
@@ -117,7 +130,7 @@ func (b *bed) about(ctx context.Context) (conformance.Run, error) {
 }
 
 // suite runs the tests in a fresh guest and prints each result as it comes.
-func (b *bed) suite(ctx context.Context, programs []string, pattern string) ([]conformance.Result, string, error) {
+func (b *bed) suite(ctx context.Context, programs []string, pattern, name string) ([]conformance.Result, string, error) {
 	dir, err := os.MkdirTemp("", "bed-suite-")
 	if err != nil {
 		return nil, "", err
@@ -155,7 +168,7 @@ func (b *bed) suite(ctx context.Context, programs []string, pattern string) ([]c
 	if _, err := m.Client.Run(limited, agent.Command{Argv: []string{"uname", "-sr"}, Dir: "/", Stdout: &kernel}); err != nil {
 		return nil, "", err
 	}
-	out := filepath.Join(b.repo, ".bed", "conformance")
+	out := filepath.Join(b.repo, ".bed", name)
 	if err := errors.Join(os.RemoveAll(out), os.MkdirAll(out, 0o755)); err != nil {
 		return nil, "", err
 	}
