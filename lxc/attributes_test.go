@@ -14,7 +14,7 @@ import (
 
 func TestParseList(t *testing.T) {
 	for text, want := range map[string][]int{
-		"0": {0}, "0-3,7": {0, 1, 2, 3, 7}, "5,5,4-5": {5, 4}, " 1,2\n": {1, 2}, "1023": {1023},
+		"0": {0}, "0-3,7": {0, 1, 2, 3, 7}, "5,5,4-5": {5, 4}, "1,2\n": {1, 2}, "1023": {1023},
 		"": nil, "1024": nil, "3-1": nil, "a": nil, "1,": nil, "-1": nil, "0-4000000000": nil, "99999999999999999999": nil,
 	} {
 		got, err := parseList(text)
@@ -154,6 +154,7 @@ func TestResourcesRefuses(t *testing.T) {
 		is    func(error) bool
 	}{
 		{"memory.swappiness", specs.LinuxResources{Memory: &specs.LinuxMemory{Swappiness: ptr(uint64(0))}}, errdefs.IsNotImplemented},
+		//nolint:staticcheck // deprecated, and refused
 		{"memory.kernel", specs.LinuxResources{Memory: &specs.LinuxMemory{Kernel: ptr(int64(1))}}, errdefs.IsNotImplemented},
 		{"memory.kernelTCP", specs.LinuxResources{Memory: &specs.LinuxMemory{KernelTCP: ptr(int64(1))}}, errdefs.IsNotImplemented},
 		{"memory.disableOOMKiller", specs.LinuxResources{Memory: &specs.LinuxMemory{DisableOOMKiller: ptr(true)}}, errdefs.IsNotImplemented},
@@ -173,6 +174,7 @@ func TestResourcesRefuses(t *testing.T) {
 		}
 	}
 	// What asks for nothing is no reason to refuse.
+	//nolint:staticcheck // deprecated, and looked at all the same
 	if _, err := resources(&specs.LinuxResources{Memory: &specs.LinuxMemory{Kernel: ptr(int64(-1)), UseHierarchy: ptr(true), DisableOOMKiller: ptr(false)},
 		CPU: &specs.LinuxCPU{RealtimeRuntime: ptr(int64(0))}, Network: &specs.LinuxNetwork{ClassID: ptr(uint32(0))}}); err != nil {
 		t.Error(err)

@@ -35,16 +35,16 @@ type mappedUsers struct {
 }
 
 // add takes the descriptor over and returns its number in the plan.
-func (t *trees) add(fd int, name string) int {
-	t.files = append(t.files, os.NewFile(uintptr(fd), name))
-	return len(t.files)
+func (ts *trees) add(fd int, name string) int {
+	ts.files = append(ts.files, os.NewFile(uintptr(fd), name))
+	return len(ts.files)
 }
 
-func (t *trees) close() {
-	for _, f := range t.files {
+func (ts *trees) close() {
+	for _, f := range ts.files {
 		f.Close()
 	}
-	for _, u := range t.users {
+	for _, u := range ts.users {
 		u.file.Close()
 	}
 }

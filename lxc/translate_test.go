@@ -193,7 +193,7 @@ func TestCgroupNamespace(t *testing.T) {
 		"own, net joined":    {[]specs.LinuxNamespace{{Type: specs.NetworkNamespace, Path: "/n"}, {Type: specs.CgroupNamespace}}, ""},
 	} {
 		tr, err := translated(t, func(s *specs.Spec) {
-			s.Linux.Namespaces = append(c.namespaces, specs.LinuxNamespace{Type: specs.MountNamespace})
+			s.Linux.Namespaces = slices.Concat(c.namespaces, []specs.LinuxNamespace{{Type: specs.MountNamespace}})
 		})
 		if err != nil {
 			t.Fatal(err)

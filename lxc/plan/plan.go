@@ -48,6 +48,8 @@
 package plan
 
 import (
+	"errors"
+
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
@@ -235,7 +237,7 @@ func Fail(kind ErrorKind, message string) *Error { return &Error{Kind: kind, Mes
 // Failed is Fail with the reason behind it. A reason that is a typed failure
 // already keeps its kind.
 func Failed(kind ErrorKind, what string, err error) *Error {
-	if typed, ok := err.(*Error); ok {
+	if typed := new(Error); errors.As(err, &typed) {
 		kind = typed.Kind
 	}
 	return &Error{Kind: kind, Message: what + ": " + err.Error(), cause: err}

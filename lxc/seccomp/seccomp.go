@@ -105,19 +105,19 @@ func Compile(profile *specs.LinuxSeccomp) (*plan.Seccomp, error) {
 	return &plan.Seccomp{Filter: out, Flags: flags, Notify: notify}, nil
 }
 
-// Actions, Operators, Architectures and Flags are all that a profile may name.
+// Actions are all that a profile may name.
 func Actions() []specs.LinuxSeccompAction {
 	return []specs.LinuxSeccompAction{specs.ActAllow, specs.ActErrno, specs.ActKill, specs.ActKillProcess, specs.ActKillThread,
 		specs.ActLog, specs.ActNotify, specs.ActTrace, specs.ActTrap}
 }
 
-// Operators: see Actions.
+// Operators are like Actions.
 func Operators() []specs.LinuxSeccompOperator { return slices.Sorted(maps.Keys(comparisons)) }
 
-// Architectures: see Actions.
+// Architectures are like Actions.
 func Architectures() []specs.Arch { return slices.Sorted(maps.Keys(abis)) }
 
-// Flags: see Actions.
+// Flags are like Actions.
 func Flags() []specs.LinuxSeccompFlag {
 	return []specs.LinuxSeccompFlag{flagTsync, specs.LinuxSeccompFlagLog, specs.LinuxSeccompFlagSpecAllow, specs.LinuxSeccompFlagWaitKillableRecv}
 }
