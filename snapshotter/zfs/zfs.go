@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"strings"
 
 	"github.com/containerd/errdefs"
 )
@@ -48,7 +47,7 @@ func Ready(name string) error {
 			return fmt.Errorf("the ZFS kernel module is not loaded (%s is missing): run `modprobe zfs`: %w", p, errdefs.ErrUnavailable)
 		}
 	}
-	pool, _, _ := strings.Cut(name, "/")
+	pool := pool(name)
 	if _, err := os.Stat(filepath.Join("/proc/spl/kstat/zfs", pool)); err != nil {
 		return fmt.Errorf("ZFS pool %q is not imported: run `zpool import %s`, or create it, or set another dataset: %w", pool, pool, errdefs.ErrUnavailable)
 	}

@@ -17,8 +17,9 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// TestErrors: the kind of every failure, on real ZFS.
-func TestErrors(t *testing.T) {
+// testPool makes a small pool in a file.
+func testPool(t *testing.T, pool string) {
+	t.Helper()
 	img := filepath.Join(t.TempDir(), "pool")
 	if err := os.WriteFile(img, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -26,12 +27,43 @@ func TestErrors(t *testing.T) {
 	if err := os.Truncate(img, 128<<20); err != nil {
 		t.Fatal(err)
 	}
-	const pool = "zfserrors"
 	if out, err := exec.Command("zpool", "create", "-m", "none", pool, img).CombinedOutput(); err != nil {
 		t.Fatalf("zpool create: %v: %s", err, out)
 	}
 	t.Cleanup(func() { _ = exec.Command("zpool", "destroy", "-f", pool).Run() })
-	ctx, z := context.Background(), New()
+}
+
+func openNative(t *testing.T) *Native {
+	t.Helper()
+	n, err := OpenNative()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { n.Close() })
+	return n
+}
+
+// TestErrors: the kind of every failure, on real ZFS, by both ways to it.
+func TestErrors(t *testing.T) {
+	t.Run("go-zfs", func(t *testing.T) {
+		const pool = "zfserrors"
+		testPool(t, pool)
+		z := goZFS{}
+		testErrors(t, z, pool)
+		t.Setenv("PATH", t.TempDir())
+		if err := z.Create(context.Background(), pool+"/c", Properties{"mountpoint": "legacy"}); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "zfsutils-linux") {
+			t.Errorf("without the zfs program: %v", err)
+		}
+	})
+	t.Run("native", func(t *testing.T) {
+		const pool = "zfsnative"
+		testPool(t, pool)
+		testErrors(t, openNative(t), pool)
+	})
+}
+
+func testErrors(t *testing.T, z ZFS, pool string) {
+	ctx := context.Background()
 	legacy := Properties{"mountpoint": "legacy", "a:b": "some value"}
 	must := func(err error) {
 		t.Helper()
@@ -112,9 +144,5 @@ func TestErrors(t *testing.T) {
 	}
 	if !errdefs.IsResourceExhausted(full) {
 		t.Errorf("create in a full pool: %v", full)
-	}
-	t.Setenv("PATH", t.TempDir())
-	if err := z.Create(ctx, pool+"/c", legacy); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "zfsutils-linux") {
-		t.Errorf("without the zfs program: %v", err)
 	}
 }
