@@ -213,6 +213,11 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 		return nil, err
 	}
 
+	if t.user != nil {
+		if err := t.user.openPaths(r.config.Path, o.Bundle); err != nil {
+			return nil, err
+		}
+	}
 	cg, err := createCgroup(t.cgroup, t.resources)
 	if err != nil {
 		return nil, err

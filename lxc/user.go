@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 
 	"github.com/containerd/errdefs"
@@ -79,6 +80,30 @@ func parseMappings(text []byte) (out []specs.LinuxIDMapping, err error) {
 		out = append(out, m)
 	}
 	return out, lines.Err()
+}
+
+// openPaths makes sure that the container's root, who is nobody on the host, gets
+// where liblxc goes as him: to the lxcpath, and into the bundle, which containerd
+// opens only to whom the spec names.
+func (user *userNamespace) openPaths(lxcPath, bundle string) error {
+	for dir := lxcPath; dir != "/"; dir = filepath.Dir(dir) {
+		st, err := os.Stat(dir)
+		if err != nil {
+			return err
+		}
+		if st.Mode()&0o001 == 0 {
+			return fmt.Errorf("a user namespace needs to pass through %s (chmod o+x %s): %w", dir, dir, errdefs.ErrFailedPrecondition)
+		}
+	}
+	st, err := os.Stat(bundle)
+	if err != nil || st.Mode()&0o001 != 0 {
+		return err
+	}
+	gid, _ := hostID(user.gid, 0)
+	if err := os.Chown(bundle, -1, int(gid)); err != nil {
+		return err
+	}
+	return os.Chmod(bundle, st.Mode().Perm()|0o010)
 }
 
 // raiseLimits lets a process's hard limits be what they are to become, if that
