@@ -66,7 +66,7 @@ func TestPropagation(t *testing.T) {
 	must(t, unix.Mount("tmpfs", filepath.Join(vol, "out"), "tmpfs", 0, ""))
 	out, _, err := b.execIn(sh(`mount -t tmpfs inner /shared/in; mount -t tmpfs inner /slave/slave
 for d in shared slave private default; do echo $d $(grep -c " /$d/out " /proc/self/mountinfo) $(grep -c " /$d/in " /proc/self/mountinfo) $(grep -c " /$d/below " /proc/self/mountinfo); done
-for d in / /shared /slave /private /default /unbindable /scratch/shared /proc; do grep " $d " /proc/self/mountinfo | cut -d' ' -f7- | sed "s/ -.*//; s/:[0-9]*//g; s/^-.*//"; done`), nil)
+for d in / /shared /slave /private /default /unbindable /scratch/shared /proc; do grep "^[^ ]* [^ ]* [^ ]* [^ ]* $d " /proc/self/mountinfo | cut -d' ' -f7- | sed "s/ -.*//; s/:[0-9]*//g; s/^-.*//"; done`), nil)
 	must(t, err)
 	lines(t, "container", out, "shared 1 1 1", "slave 1 1 1", "private 0 0 1", "default 1 1 1",
 		"", "shared", "master", "", "master", "unbindable", "shared", "")
