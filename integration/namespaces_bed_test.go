@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/contrib/apparmor"
 	"github.com/containerd/containerd/v2/pkg/oci"
+	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
@@ -229,6 +230,10 @@ func TestUserNamespaceByPath(t *testing.T) {
 		t.Errorf("exit code %d", code)
 	}
 	lines(t, "second", second.out.String(), "0", "0", "joined")
+	o.spec = append(o.spec, oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/proc/1/ns/net"}))
+	if _, err := create(t, o); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "network namespace") {
+		t.Errorf("the host's network in the container's user namespace: %v", err)
+	}
 	if st, err := first.task.Status(first.ctx); err != nil || st.Status != client.Running {
 		t.Errorf("the first one is %s, %v", st.Status, err)
 	}
