@@ -109,7 +109,7 @@ exec sleep 1000`),
 		})},
 		edit: func(s *oci.Spec) {
 			s.Process.OOMScoreAdj = &adj
-			s.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 1024, Hard: 2 << 20}}
+			s.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 1024, Hard: 1 << 20}}
 			s.Linux.Sysctl = map[string]string{"net.ipv4.ip_default_ttl": "99", "kernel.shmmni": "1234"}
 			s.Linux.Devices = append(s.Linux.Devices, specs.LinuxDevice{Path: "/dev/mine", Type: "c", Major: 1, Minor: 3, FileMode: &mode, UID: &owner})
 		},
@@ -125,7 +125,7 @@ exec sleep 1000`),
 		want   []string
 	}{
 		{"root", "id -u; id -G; pwd; tr -s ' ' </proc/self/uid_map; grep CapEff /proc/self/status | cut -f2; cat /proc/self/oom_score_adj; ulimit -Hn; echo again >/dev/stdout; cat /proc/self/attr/current", nil,
-			[]string{"0", "0", "/", " 0 100000 65536", "00000000a80425fb", "-321", fmt.Sprint(2 << 20), "again", "containerd-pve-mapped (enforce)"}},
+			[]string{"0", "0", "/", " 0 100000 65536", "00000000a80425fb", "-321", fmt.Sprint(1 << 20), "again", "containerd-pve-mapped (enforce)"}},
 		{"user", "id -u; id -g; id -G; grep CapEff /proc/self/status | cut -f2; touch /etc/x 2>/dev/null || echo no; touch /tmp/mine && stat -c %u:%g /tmp/mine; echo out >/dev/stdout", func(s *oci.Spec) {
 			s.Process.User = specs.User{UID: 1000, GID: 1001, AdditionalGids: []uint32{5, 77}}
 		}, []string{"1000", "1001", "1001 5 77", "0000000000000000", "no", "1000:1001", "out"}},
@@ -154,7 +154,7 @@ exec sleep 1000`),
 		t.Errorf("exit code %d", code)
 	}
 	lines(t, "container", b.out.String(), " 0 100000 65536", " 0 200000 65536", "0", "0:0", "0:0", "0:0", "0:0",
-		"666 0:0", "640 7:0", "3", "written", "readable", "reopened", "-321", fmt.Sprint(2<<20), "delegated", "lo", "99", "1234", "1",
+		"666 0:0", "640 7:0", "3", "written", "readable", "reopened", "-321", fmt.Sprint(1<<20), "delegated", "lo", "99", "1234", "1",
 		"read-only", "0", "mapped", "12", "containerd-pve-mapped (enforce)")
 	if b.err.Len() > 0 {
 		t.Error(b.err)
