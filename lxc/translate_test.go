@@ -45,7 +45,7 @@ lxc.console.path = none
 lxc.tty.max = 0
 lxc.pty.max = 0
 lxc.apparmor.profile = unconfined
-lxc.hook.post-stop = test "$LXC_TARGET" != reboot #
+lxc.hook.post-stop = /usr/bin/test "$LXC_TARGET" != reboot #
 lxc.hook.mount = /proc/self/fd/4 mount 5 #
 lxc.init.cmd = /proc/self/fd/4 init 3
 lxc.namespace.clone = mnt pid net ipc uts
