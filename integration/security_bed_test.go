@@ -375,7 +375,7 @@ func TestScannedExec(t *testing.T) {
 	b := start(t, options{args: []string{attackProgram}, spec: []oci.SpecOpts{
 		withAttack(t), oci.WithEnv([]string{attackVariable + "=scan"}), oci.WithNewPrivileges,
 	}})
-	for range 15 {
+	for range 8 {
 		if out, code, err := b.execIn([]string{"true"}, nil); err != nil || code != 0 {
 			t.Fatal(out, code, err)
 		}
