@@ -102,6 +102,26 @@ func TestAttributes(t *testing.T) {
 		"pid 1's current scheduling policy: SCHED_BATCH|SCHED_RESET_ON_FORK", "best-effort: prio 6", "456", "bind=static:0")...)
 }
 
+// TestAttributesBesideRunc: what both runtimes know comes out the same.
+func TestAttributesBesideRunc(t *testing.T) {
+	score, umask := 456, uint32(0o031)
+	spec := []oci.SpecOpts{
+		oci.WithProcessArgs(sh(strings.Join([]string{showCaps, showLimits, "id -u; id -g; id -G; umask; pwd; cat /proc/self/oom_score_adj; env | sort",
+			"grep -E '^(NoNewPrivs|Seccomp|SigIgn|SigBlk)' /proc/self/status; ls /proc/self/fd | wc -l"}, ";\n"))...),
+		edit(func(s *oci.Spec) {
+			ownCaps(s)
+			s.Process.Rlimits = allRlimits
+			s.Process.User = specs.User{UID: 1234, GID: 2345, AdditionalGids: []uint32{7, 70000}, Umask: &umask}
+			s.Process.Cwd, s.Process.OOMScoreAdj = "/var/tmp", &score
+		}),
+	}
+	got, code := runWith(t, ours, "attributes-ours", spec...)
+	theirs, _ := runWith(t, "io.containerd.runc.v2", "attributes-runc", spec...)
+	if code != 0 || got != theirs {
+		t.Errorf("code %d, ours:\n%s\nrunc:\n%s", code, got, theirs)
+	}
+}
+
 // TestExecAttributes: the same for execs, each with its own.
 func TestExecAttributes(t *testing.T) {
 	profileName, denied := "pve-test-deny", "/etc/debian_version"

@@ -73,6 +73,7 @@ type options struct {
 	id          string
 	image       string
 	snapshotter string
+	runtime     string // ours if empty
 	args        []string
 	spec        []oci.SpecOpts
 	edit        func(*oci.Spec)
@@ -105,6 +106,9 @@ func create(t *testing.T, o options) (*box, error) {
 	if o.snapshotter == "" {
 		o.snapshotter = zfs
 	}
+	if o.runtime == "" {
+		o.runtime = ours
+	}
 	image, err := b.client.GetImage(b.ctx, o.image)
 	if err != nil {
 		t.Fatal(err)
@@ -121,7 +125,7 @@ func create(t *testing.T, o options) (*box, error) {
 		opts = append(opts, edit(o.edit))
 	}
 	b.container, err = b.client.NewContainer(b.ctx, o.id, client.WithImage(image), client.WithSnapshotter(o.snapshotter),
-		client.WithNewSnapshot(o.id, image), client.WithNewSpec(opts...), client.WithRuntime(ours, nil))
+		client.WithNewSnapshot(o.id, image), client.WithNewSpec(opts...), client.WithRuntime(o.runtime, nil))
 	if err != nil {
 		return nil, err
 	}

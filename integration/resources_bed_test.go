@@ -114,6 +114,20 @@ func TestResources(t *testing.T) {
 		t.Errorf("the process may run on CPUs %q", b.out)
 	}
 
+	// runc, whose older version here has another formula for cpu.weight and no burst.
+	beside := start(t, options{id: "resources-runc", runtime: "io.containerd.runc.v2", args: []string{"sleep", "1000"}, edit: func(s *oci.Spec) {
+		all.Devices = s.Linux.Resources.Devices
+		s.Linux.Resources = &all
+	}})
+	for name, value := range want {
+		if got := cgroupFile(t, "resources-runc", name); got != value && name != "cpu.weight" && name != "cpu.max.burst" {
+			t.Errorf("%s is %q with runc, %q with us", name, got, value)
+		}
+	}
+	if err := beside.task.Kill(b.ctx, 9); err != nil {
+		t.Error(err)
+	}
+
 	update := func(r specs.LinuxResources) error { return b.task.Update(b.ctx, client.WithResources(&r)) }
 	memory := func(m specs.LinuxMemory) specs.LinuxResources { return specs.LinuxResources{Memory: &m} }
 	cpu := func(c specs.LinuxCPU) specs.LinuxResources { return specs.LinuxResources{CPU: &c} }
