@@ -82,6 +82,9 @@ func (b *bed) test(ctx context.Context, patterns []string) error {
 		case p.err != nil:
 			fmt.Println(p.err)
 			fmt.Printf("FAIL\t%s [build failed]\n", p.ImportPath)
+		case host && p.init() != "":
+			fmt.Printf("?   \t%s\t[needs the guest that boots %s]\n", p.ImportPath, p.init())
+			continue
 		case host:
 			ok, err = b.testOnHost(ctx, p, programs)
 		default:
