@@ -60,6 +60,23 @@ lxc.cgroup.dir.monitor.pivot = containerd-pve/pivot
 	}
 }
 
+// TestConfigNotify: pve-init is told not to interrupt itself if, and only if,
+// the filter notifies.
+func TestConfigNotify(t *testing.T) {
+	for action, want := range map[specs.LinuxSeccompAction]int{specs.ActNotify: 1, specs.ActErrno: 0} {
+		tr, err := translated(t, func(s *specs.Spec) {
+			s.Linux.Seccomp = &specs.LinuxSeccomp{DefaultAction: specs.ActAllow, ListenerPath: "/run/agent",
+				Syscalls: []specs.LinuxSyscall{{Names: []string{"mkdir"}, Action: action}}}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := strings.Count(tr.config, "lxc.environment = GODEBUG=asyncpreemptoff=1\n"); n != want || tr.process.Seccomp.Notify != (want == 1) {
+			t.Errorf("%s: %d lines in\n%s", action, n, tr.config)
+		}
+	}
+}
+
 func TestConfigNamespaces(t *testing.T) {
 	tr, err := translated(t, func(s *specs.Spec) {
 		s.Linux.Namespaces = []specs.LinuxNamespace{
