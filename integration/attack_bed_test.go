@@ -70,7 +70,7 @@ func scan() error {
 	coming := func(line string) bool {
 		return strings.HasPrefix(line, "pve-init\x00") || strings.Contains(line, "containerd-shim")
 	}
-	for end := time.Now().Add(3 * time.Minute); time.Now().Before(end); {
+	for end := time.Now().Add(10 * time.Minute); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		for pid, line := range processes() {
 			if !coming(line) {
 				continue

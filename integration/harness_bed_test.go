@@ -83,7 +83,7 @@ type options struct {
 	id          string
 	image       string
 	snapshotter string
-	runtime     string
+	runtime     string // ours if empty
 	args        []string
 	spec        []oci.SpecOpts
 	edit        func(*oci.Spec)

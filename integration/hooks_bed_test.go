@@ -8,11 +8,13 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/oci"
+	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
@@ -109,6 +111,32 @@ func TestHooks(t *testing.T) {
 		}
 		lines(t, c.name, rest, c.name+" a b", c.name, c.ns[0], c.ns[1], c.root)
 	}
+}
+
+// TestHooksOfALostShim: who cleans up after a shim that was killed owes the
+// container its last hooks.
+func TestHooksOfALostShim(t *testing.T) {
+	marker := filepath.Join(t.TempDir(), "poststop")
+	b := start(t, options{id: "lostshim", image: busybox, args: []string{"sleep", "1000"}, edit: func(s *oci.Spec) {
+		s.Hooks = &specs.Hooks{Poststop: []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "cat >" + marker}, Env: []string{"PATH=/bin:/usr/bin"}}}}
+	}})
+	out, code := command("pgrep", "-f", "containerd-shim-pve-v2.* -id lostshim")
+	var pid int
+	if _, err := fmt.Sscan(out, &pid); code != 0 || err != nil {
+		t.Fatalf("no shim: %q", out)
+	}
+	if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, time.Minute, "the last hook has run", func() bool {
+		text, _ := os.ReadFile(marker)
+		return strings.Contains(string(text), `"status":"stopped"`)
+	})
+	eventually(t, time.Minute, "the task is gone", func() bool {
+		_, err := b.container.Task(b.ctx, nil)
+		return errdefs.IsNotFound(err)
+	})
+	b.task = nil
 }
 
 // TestHooksThatFail: what fails before the start fails the create or the start,

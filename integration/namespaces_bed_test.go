@@ -11,7 +11,9 @@ import (
 	"testing"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/contrib/apparmor"
 	"github.com/containerd/containerd/v2/pkg/oci"
+	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 )
@@ -98,15 +100,16 @@ grep -c ' /sys .* sysfs ' /proc/self/mountinfo
 echo 1 2>/dev/null >/proc/sys/kernel/panic || echo read-only
 wc -c </proc/timer_list
 hostname; stat -c '%u' /scratch
+cat /proc/self/attr/current
 exec sleep 1000`),
-		spec: []oci.SpecOpts{oci.WithHostname("mapped"), oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.CgroupNamespace}), oci.WithMounts([]specs.Mount{
+		spec: []oci.SpecOpts{oci.WithHostname("mapped"), apparmor.WithDefaultProfile("containerd-pve-mapped"), oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.CgroupNamespace}), oci.WithMounts([]specs.Mount{
 			{Type: "bind", Source: dir, Destination: "/vol", Options: []string{"rbind"}},
 			{Type: "tmpfs", Source: "tmpfs", Destination: "/scratch", Options: []string{"uid=12"}},
 			{Type: "cgroup", Source: "cgroup", Destination: "/sys/fs/cgroup", Options: []string{"rw", "nosuid", "noexec", "nodev"}},
 		})},
 		edit: func(s *oci.Spec) {
 			s.Process.OOMScoreAdj = &adj
-			s.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 1024, Hard: 2 << 20}}
+			s.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NOFILE", Soft: 1024, Hard: 1 << 20}}
 			s.Linux.Sysctl = map[string]string{"net.ipv4.ip_default_ttl": "99", "kernel.shmmni": "1234"}
 			s.Linux.Devices = append(s.Linux.Devices, specs.LinuxDevice{Path: "/dev/mine", Type: "c", Major: 1, Minor: 3, FileMode: &mode, UID: &owner})
 		},
@@ -121,8 +124,8 @@ exec sleep 1000`),
 		change func(*oci.Spec)
 		want   []string
 	}{
-		{"root", "id -u; id -G; pwd; tr -s ' ' </proc/self/uid_map; grep CapEff /proc/self/status | cut -f2; cat /proc/self/oom_score_adj; ulimit -Hn; echo again >/dev/stdout", nil,
-			[]string{"0", "0", "/", " 0 100000 65536", "00000000a80425fb", "-321", fmt.Sprint(2 << 20), "again"}},
+		{"root", "id -u; id -G; pwd; tr -s ' ' </proc/self/uid_map; grep CapEff /proc/self/status | cut -f2; cat /proc/self/oom_score_adj; ulimit -Hn; echo again >/dev/stdout; cat /proc/self/attr/current", nil,
+			[]string{"0", "0", "/", " 0 100000 65536", "00000000a80425fb", "-321", fmt.Sprint(1 << 20), "again", "containerd-pve-mapped (enforce)"}},
 		{"user", "id -u; id -g; id -G; grep CapEff /proc/self/status | cut -f2; touch /etc/x 2>/dev/null || echo no; touch /tmp/mine && stat -c %u:%g /tmp/mine; echo out >/dev/stdout", func(s *oci.Spec) {
 			s.Process.User = specs.User{UID: 1000, GID: 1001, AdditionalGids: []uint32{5, 77}}
 		}, []string{"1000", "1001", "1001 5 77", "0000000000000000", "no", "1000:1001", "out"}},
@@ -151,8 +154,8 @@ exec sleep 1000`),
 		t.Errorf("exit code %d", code)
 	}
 	wholly(t, "container", b.out.String(), " 0 100000 65536", " 0 200000 65536", "0", "0:0", "0:0", "0:0", "0:0",
-		"666 0:0", "640 7:0", "3", "written", "readable", "reopened", "-321", fmt.Sprint(2<<20), "delegated", "lo", "99", "1234", "1",
-		"read-only", "0", "mapped", "12")
+		"666 0:0", "640 7:0", "3", "written", "readable", "reopened", "-321", fmt.Sprint(1<<20), "delegated", "lo", "99", "1234", "1",
+		"read-only", "0", "mapped", "12", "containerd-pve-mapped (enforce)")
 	if b.err.Len() > 0 {
 		t.Error(b.err)
 	}
@@ -227,6 +230,10 @@ func TestUserNamespaceByPath(t *testing.T) {
 		t.Errorf("exit code %d", code)
 	}
 	wholly(t, "second", second.out.String(), "0", "0", "joined")
+	o.spec = append(o.spec, oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/proc/1/ns/net"}))
+	if _, err := create(t, o); !errdefs.IsNotImplemented(err) || !strings.Contains(err.Error(), "network namespace") {
+		t.Errorf("the host's network in the container's user namespace: %v", err)
+	}
 	if st, err := first.task.Status(first.ctx); err != nil || st.Status != client.Running {
 		t.Errorf("the first one is %s, %v", st.Status, err)
 	}

@@ -114,6 +114,20 @@ func TestResources(t *testing.T) {
 		t.Errorf("the process may run on CPUs %q", b.out)
 	}
 
+	// runc, whose older version here has another formula for cpu.weight and no burst.
+	beside := start(t, options{id: "resources-runc", runtime: "io.containerd.runc.v2", args: []string{"sleep", "1000"}, edit: func(s *oci.Spec) {
+		all.Devices = s.Linux.Resources.Devices
+		s.Linux.Resources = &all
+	}})
+	for name, value := range want {
+		if got := cgroupFile(t, "resources-runc", name); got != value && name != "cpu.weight" && name != "cpu.max.burst" {
+			t.Errorf("%s is %q with runc, %q with us", name, got, value)
+		}
+	}
+	if err := beside.task.Kill(b.ctx, 9); err != nil {
+		t.Error(err)
+	}
+
 	update := func(r specs.LinuxResources) error { return b.task.Update(b.ctx, client.WithResources(&r)) }
 	memory := func(m specs.LinuxMemory) specs.LinuxResources { return specs.LinuxResources{Memory: &m} }
 	cpu := func(c specs.LinuxCPU) specs.LinuxResources { return specs.LinuxResources{CPU: &c} }
@@ -369,4 +383,36 @@ func TestOOMOfExecs(t *testing.T) {
 		t.Errorf("code %d", code)
 	}
 	oom("oomgroup")
+}
+
+// TestBFQ: with the bfq scheduler the weights are its own, by device too.
+func TestBFQ(t *testing.T) {
+	const scheduler = "/sys/block/vda/queue/scheduler"
+	if out, code := command("modprobe", "bfq"); code != 0 {
+		t.Skipf("this kernel has no bfq: %s", out)
+	}
+	set := func(name string) error { return os.WriteFile(scheduler, []byte(name), 0) }
+	if err := set("bfq"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := set("none"); err != nil {
+			t.Error(err)
+		}
+		command("rmmod", "bfq")
+	})
+	major, minor := disk(t)
+	device := func(weight uint16) []specs.LinuxWeightDevice {
+		d := specs.LinuxWeightDevice{Weight: &weight}
+		d.Major, d.Minor = major, minor
+		return []specs.LinuxWeightDevice{d}
+	}
+	b := start(t, options{id: "bfq", args: []string{"sleep", "1000"}, edit: func(s *oci.Spec) {
+		s.Linux.Resources.BlockIO = &specs.LinuxBlockIO{Weight: ptr(uint16(500)), WeightDevice: device(200)}
+	}})
+	limits(t, "bfq", map[string]string{"io.bfq.weight": fmt.Sprintf("default 500\n%d:%d 200", major, minor)})
+	if err := b.task.Update(b.ctx, client.WithResources(&specs.LinuxResources{BlockIO: &specs.LinuxBlockIO{WeightDevice: device(300)}})); err != nil {
+		t.Fatal(err)
+	}
+	limits(t, "bfq", map[string]string{"io.bfq.weight": fmt.Sprintf("default 500\n%d:%d 300", major, minor)})
 }

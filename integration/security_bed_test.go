@@ -302,8 +302,8 @@ func TestRacingSymlinks(t *testing.T) {
 		withAttack(t), oci.WithMounts([]specs.Mount{shared}), oci.WithEnv([]string{attackVariable + "=swap"}),
 	}})
 	outcome := map[string]int{}
-	for range 15 {
-		b, err := create(t, options{args: sh("grep -c ' /vol/dir\\| " + host + " ' /proc/mounts"), spec: []oci.SpecOpts{oci.WithMounts([]specs.Mount{
+	for range 6 {
+		b, err := create(t, options{image: busybox, args: sh("grep -c ' /vol/dir\\| " + host + " ' /proc/mounts"), spec: []oci.SpecOpts{oci.WithMounts([]specs.Mount{
 			shared,
 			{Type: "bind", Source: "/", Destination: "/vol/dir", Options: []string{"rbind", "ro"}},
 			{Type: "tmpfs", Source: "tmpfs", Destination: "/vol/deep/new/target"},
@@ -368,7 +368,7 @@ func TestScannedExec(t *testing.T) {
 	b := start(t, options{args: []string{attackProgram}, spec: []oci.SpecOpts{
 		withAttack(t), oci.WithEnv([]string{attackVariable + "=scan"}), oci.WithNewPrivileges,
 	}})
-	for range 15 {
+	for range 8 {
 		if out, code, err := b.execIn([]string{"true"}, nil); err != nil || code != 0 {
 			t.Fatal(out, code, err)
 		}

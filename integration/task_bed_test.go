@@ -520,7 +520,8 @@ func same(t *testing.T, before map[string]int) {
 			return
 		}
 		if time.Now().After(end) {
-			t.Errorf("left behind: %s", strings.Join(differ, "; "))
+			datasets, _ := command("zfs", "list", "-H", "-t", "all", "-o", "name,creation")
+			t.Errorf("left behind: %s; datasets:\n%s", strings.Join(differ, "; "), datasets)
 			return
 		}
 	}

@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -406,21 +405,8 @@ func (c *Container) Delete(ctx context.Context) error {
 	if err := c.state.erase(ctx, c.bundle); err != nil {
 		return err
 	}
-	c.poststop(ctx)
+	poststop(ctx, &CreateOptions{ID: c.state.ID, Bundle: c.bundle, Spec: c.spec})
 	return nil
-}
-
-// poststop runs the hooks of a container that is gone. What fails is no reason
-// to have it come back.
-func (c *Container) poststop(ctx context.Context) {
-	if c.spec.Hooks == nil {
-		return
-	}
-	for i, h := range c.spec.Hooks.Poststop {
-		if err := runHooks(ctx, "poststop", []specs.Hook{h}, c.ociState(specs.StateStopped)); err != nil {
-			log.G(ctx).WithError(err).Warnf("container %s: poststop hook %d", c.state.ID, i)
-		}
-	}
 }
 
 func (c *Container) ociState(status specs.ContainerState) *specs.State {

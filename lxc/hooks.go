@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"time"
 
+	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
@@ -27,6 +28,20 @@ func runHooks(ctx context.Context, kind string, hooks []specs.Hook, st *specs.St
 		}
 	}
 	return nil
+}
+
+// poststop runs the hooks of a container that is gone. What fails is no reason to
+// have it come back.
+func poststop(ctx context.Context, o *CreateOptions) {
+	if o.Spec.Hooks == nil {
+		return
+	}
+	st := ociState(o, specs.StateStopped)
+	for i, h := range o.Spec.Hooks.Poststop {
+		if err := runHooks(ctx, "poststop", []specs.Hook{h}, st); err != nil {
+			log.G(ctx).WithError(err).Warnf("container %s: poststop hook %d", o.ID, i)
+		}
+	}
 }
 
 func runHook(ctx context.Context, h specs.Hook, st []byte) error {

@@ -19,6 +19,7 @@ package lxc
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -30,6 +31,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	pathrs "github.com/cyphar/filepath-securejoin/pathrs-lite"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
@@ -211,7 +213,7 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 				retErr = errors.Join(retErr, err)
 			}
 			if c != nil && c.hooked {
-				c.poststop(cleanCtx)
+				poststop(cleanCtx, &o)
 			}
 		}
 	}()
@@ -219,6 +221,11 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 		return nil, err
 	}
 
+	if t.user != nil {
+		if err := t.user.openPaths(r.config.Path, o.Bundle); err != nil {
+			return nil, err
+		}
+	}
 	cg, err := createCgroup(ctx, t.cgroup, t.unit, pveInit, o.Spec.Linux.Resources, t.resources)
 	if err != nil {
 		return nil, err
@@ -276,6 +283,12 @@ func (r *Runtime) Cleanup(ctx context.Context, namespace, id, bundle string) (Ex
 		if err := st.erase(ctx, bundle); err != nil {
 			return exit, err
 		}
+		// Once: the state is gone now.
+		if spec, err := readSpec(bundle); err != nil {
+			log.G(ctx).WithError(err).Warnf("container %s: its poststop hooks", id)
+		} else {
+			poststop(ctx, &CreateOptions{ID: id, Bundle: bundle, Spec: spec})
+		}
 		if !known && alive {
 			exit, known = ExitStatus{Code: 128 + uint32(unix.SIGKILL), At: time.Now()}, true
 			if err := writeJSON(filepath.Join(stateDir(bundle), exitFile), exit); err != nil {
@@ -287,6 +300,16 @@ func (r *Runtime) Cleanup(ctx context.Context, namespace, id, bundle string) (Ex
 		exit = ExitStatus{Code: 255, At: time.Now()}
 	}
 	return exit, nil
+}
+
+// readSpec reads the bundle's config.json.
+func readSpec(bundle string) (*specs.Spec, error) {
+	data, err := os.ReadFile(filepath.Join(bundle, "config.json"))
+	if err != nil {
+		return nil, err
+	}
+	var spec specs.Spec
+	return &spec, json.Unmarshal(data, &spec)
 }
 
 // claim makes the container's directory below the lxcpath, whose existence

@@ -103,7 +103,7 @@ func (s *state) erase(ctx context.Context, bundle string) error {
 		return err
 	}
 	if s.Unit != nil {
-		if err := s.Unit.stop(); err != nil {
+		if err := s.Unit.stop(ctx); err != nil {
 			return err
 		}
 	}

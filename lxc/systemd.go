@@ -76,8 +76,21 @@ func (u *unit) manager() (*systemd.UnifiedManager, error) {
 	}, "")
 }
 
+// bounded ends the wait for systemd with the context. The library knows none and
+// waits for 30 s; what it still does then, a later stop undoes.
+func bounded(ctx context.Context, f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return fmt.Errorf("waiting for systemd: %w", ctx.Err())
+	}
+}
+
 // stop has systemd forget the scope; one that is gone already is no error.
-func (u *unit) stop() error {
+func (u *unit) stop(ctx context.Context) error {
 	if !systemd.IsRunningSystemd() {
 		return nil // then there is nothing that could remember it
 	}
@@ -85,7 +98,7 @@ func (u *unit) stop() error {
 	if err != nil {
 		return err
 	}
-	if err := m.Destroy(); err != nil {
+	if err := bounded(ctx, m.Destroy); err != nil {
 		return fmt.Errorf("stop %s: %w", u.scope(), err)
 	}
 	return nil
@@ -154,11 +167,10 @@ func (c *cgroup) startScope(ctx context.Context, u *unit, program *initProgram) 
 			h.release()
 		}
 	}()
-	// The library waits 30 s for systemd at the most and knows no context.
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	if err := m.Apply(h.cmd.Process.Pid); err != nil {
+	if err := bounded(ctx, func() error { return m.Apply(h.cmd.Process.Pid) }); err != nil {
+		if ctx.Err() != nil {
+			return err
+		}
 		var kind error = errdefs.ErrFailedPrecondition
 		var answer dbus.Error
 		if errors.As(err, &answer) {

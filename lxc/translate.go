@@ -124,8 +124,9 @@ func translate(o CreateOptions, name string) (*translation, error) {
 	// pve-init enters the spec's profile when it executes the entrypoint.
 	c.set("lxc.apparmor.profile", "unconfined")
 	// A container whose init called reboot(2) or died of SIGHUP has ended: the
-	// failing hook keeps liblxc from starting it anew.
-	c.set("lxc.hook.post-stop", `test "$LXC_TARGET" != reboot #`)
+	// failing hook keeps liblxc from starting it anew. liblxc puts "exec" before
+	// it, so it is no builtin of the shell's.
+	c.set("lxc.hook.post-stop", `/usr/bin/test "$LXC_TARGET" != reboot #`)
 	if filter != nil && filter.Notify {
 		c.set("lxc.environment", quietInit)
 	}

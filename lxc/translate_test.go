@@ -45,7 +45,7 @@ lxc.console.path = none
 lxc.tty.max = 0
 lxc.pty.max = 0
 lxc.apparmor.profile = unconfined
-lxc.hook.post-stop = test "$LXC_TARGET" != reboot #
+lxc.hook.post-stop = /usr/bin/test "$LXC_TARGET" != reboot #
 lxc.hook.mount = /proc/self/fd/4 mount 5 #
 lxc.init.cmd = /proc/self/fd/4 init 3
 lxc.namespace.clone = mnt pid net ipc uts
@@ -57,6 +57,23 @@ lxc.cgroup.dir.monitor.pivot = containerd-pve/pivot
 `
 	if tr.config != want {
 		t.Errorf("config:\n%s\nwant:\n%s", tr.config, want)
+	}
+}
+
+// TestConfigNotify: pve-init is told not to interrupt itself if, and only if,
+// the filter notifies.
+func TestConfigNotify(t *testing.T) {
+	for action, want := range map[specs.LinuxSeccompAction]int{specs.ActNotify: 1, specs.ActErrno: 0} {
+		tr, err := translated(t, func(s *specs.Spec) {
+			s.Linux.Seccomp = &specs.LinuxSeccomp{DefaultAction: specs.ActAllow, ListenerPath: "/run/agent",
+				Syscalls: []specs.LinuxSyscall{{Names: []string{"mkdir"}, Action: action}}}
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n := strings.Count(tr.config, "lxc.environment = GODEBUG=asyncpreemptoff=1\n"); n != want || tr.process.Seccomp.Notify != (want == 1) {
+			t.Errorf("%s: %d lines in\n%s", action, n, tr.config)
+		}
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 
 	"github.com/containerd/errdefs"
@@ -32,6 +33,9 @@ func hostFacts(ctx context.Context, spec *specs.Spec) (*specs.Spec, error) {
 	if i < 0 || spec.Linux.Namespaces[i].Path == "" {
 		return spec, nil
 	}
+	if err := checkOwners(spec.Linux.Namespaces, i); err != nil {
+		return nil, err
+	}
 	field, path := fmt.Sprintf("linux.namespaces[%d]", i), spec.Linux.Namespaces[i].Path
 	full, linux := *spec, *spec.Linux
 	full.Linux = &linux
@@ -47,6 +51,56 @@ func hostFacts(ctx context.Context, spec *specs.Spec) (*specs.Spec, error) {
 		}
 	}
 	return &full, nil
+}
+
+// checkOwners refuses namespaces that cannot be joined from within the user
+// namespace that is joined as well: liblxc enters that one first.
+func checkOwners(namespaces []specs.LinuxNamespace, user int) error {
+	open := func(i int) (*os.File, error) {
+		f, err := os.Open(namespaces[i].Path)
+		if err != nil {
+			return nil, fmt.Errorf("linux.namespaces[%d].path: %w: %w", i, err, errdefs.ErrInvalidArgument)
+		}
+		return f, nil
+	}
+	owner, err := open(user)
+	if err != nil {
+		return err
+	}
+	defer owner.Close()
+	want, err := owner.Stat()
+	if err != nil {
+		return err
+	}
+	for i, ns := range namespaces {
+		// lxc-start and pve-init enter the other two, with the host's rights or not at all.
+		if i == user || ns.Path == "" || ns.Type == specs.TimeNamespace || ns.Type == specs.CgroupNamespace {
+			continue
+		}
+		same, err := func() (bool, error) {
+			f, err := open(i)
+			if err != nil {
+				return false, err
+			}
+			defer f.Close()
+			fd, err := unix.IoctlRetInt(int(f.Fd()), unix.NS_GET_USERNS)
+			if err != nil {
+				// Of a user namespace that is not below ours, or no namespace at all.
+				return false, nil
+			}
+			of := os.NewFile(uintptr(fd), "user namespace")
+			defer of.Close()
+			st, err := of.Stat()
+			return err == nil && os.SameFile(st, want), err
+		}()
+		if err != nil {
+			return err
+		}
+		if !same {
+			return fmt.Errorf("linux.namespaces[%d].path: a %s namespace that does not belong to the user namespace of linux.namespaces[%d] is not supported: %w", i, ns.Type, user, errdefs.ErrNotImplemented)
+		}
+	}
+	return nil
 }
 
 // mappingsOf reads the mappings of a user namespace, which only its processes
@@ -79,6 +133,30 @@ func parseMappings(text []byte) (out []specs.LinuxIDMapping, err error) {
 		out = append(out, m)
 	}
 	return out, lines.Err()
+}
+
+// openPaths makes sure that the container's root, who is nobody on the host, gets
+// where liblxc goes as him: to the lxcpath, and into the bundle, which containerd
+// opens only to whom the spec names.
+func (user *userNamespace) openPaths(lxcPath, bundle string) error {
+	for dir := lxcPath; dir != "/"; dir = filepath.Dir(dir) {
+		st, err := os.Stat(dir)
+		if err != nil {
+			return err
+		}
+		if st.Mode()&0o001 == 0 {
+			return fmt.Errorf("a user namespace needs to pass through %s (chmod o+x %s): %w", dir, dir, errdefs.ErrFailedPrecondition)
+		}
+	}
+	st, err := os.Stat(bundle)
+	if err != nil || st.Mode()&0o001 != 0 {
+		return err
+	}
+	gid, _ := hostID(user.gid, 0)
+	if err := os.Chown(bundle, -1, int(gid)); err != nil {
+		return err
+	}
+	return os.Chmod(bundle, st.Mode().Perm()|0o010)
 }
 
 // raiseLimits lets a process's hard limits be what they are to become, if that

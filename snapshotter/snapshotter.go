@@ -60,6 +60,11 @@ var (
 
 // New opens the store at root on the parent dataset, which it makes if missing.
 func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ snapshots.Snapshotter, err error) {
+	// Its parent is the runtime's as well, whose containers with a user namespace
+	// have to get through.
+	if err := os.MkdirAll(filepath.Dir(root), 0o711); err != nil {
+		return nil, fmt.Errorf("making %s: %w", filepath.Dir(root), err)
+	}
 	if err := os.MkdirAll(root, 0o700); err != nil {
 		return nil, fmt.Errorf("making %s: %w", root, err)
 	}

@@ -266,3 +266,59 @@ func TestStringPointers(t *testing.T) {
 		t.Errorf("%v", got)
 	}
 }
+
+func TestUnescape(t *testing.T) {
+	for in, want := range map[string]string{`/plain`: "/plain", `/a\040b\011c`: "/a b\tc", `/back\134slash`: `/back\slash`, `/end\04`: `/end\04`, `/x\999`: `/x\999`} {
+		if got := unescape(in); got != want {
+			t.Errorf("%s: %q, want %q", in, got, want)
+		}
+	}
+}
+
+func TestTreesAreTakenOnce(t *testing.T) {
+	trees := trees{7}
+	for number, want := range []bool{false, true, false, false} {
+		fd, err := trees.take(number)
+		if (err == nil) != want || want && fd != 7 {
+			t.Errorf("%d: %d, %v", number, fd, err)
+		}
+	}
+	if _, err := trees.take(1); err == nil {
+		t.Error("a tree was given twice")
+	}
+}
+
+// TestSocketWithFiles: descriptors come with any part of a message, and all with it.
+func TestSocketWithFiles(t *testing.T) {
+	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fds[0])
+	defer unix.Close(fds[1])
+	s := &socket{fd: fds[1]}
+	send := func(text string, files ...int) {
+		t.Helper()
+		if err := unix.Sendmsg(fds[0], []byte(text), unix.UnixRights(files...), nil, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	many := make([]int, 250)
+	for i := range many {
+		many[i] = fds[0]
+	}
+	send("{", many...)
+	send(`"sysctl"`, fds[0], fds[1])
+	send(":null}\n")
+	var m plan.Mounts
+	files, open, err := s.receiveFiles(&m)
+	if err != nil || !open || len(files) != len(many)+2 {
+		t.Errorf("%d descriptors, %v %v", len(files), open, err)
+	}
+	for _, fd := range files {
+		if flags, err := unix.FcntlInt(uintptr(fd), unix.F_GETFD, 0); err != nil || flags&unix.FD_CLOEXEC == 0 {
+			t.Errorf("descriptor %d: flags %#x, %v", fd, flags, err)
+		}
+		unix.Close(fd)
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -93,7 +94,7 @@ func create(t *testing.T, id string, options any, args []string, change func(*oc
 		}
 		_ = b.container.Delete(ctx, client.WithSnapshotCleanup)
 	})
-	task, err := b.container.NewTask(ctx, cio.NewCreator(cio.WithStreams(nil, &b.out, &b.out)))
+	task, err := b.container.NewTask(ctx, cio.NewCreator(cio.WithStreams(nil, &b.out, io.Discard)))
 	if err != nil {
 		return b, err
 	}
@@ -255,7 +256,7 @@ func TestScope(t *testing.T) {
 	}
 	spec.Process.Args = sh("cat /proc/self/cgroup /sys/fs/cgroup/memory.max; (: </tmp/lc) 2>&1; cat /dev/null && echo null")
 	var out bytes.Buffer
-	p, err := b.task.Exec(b.ctx, "e", spec.Process, cio.NewCreator(cio.WithStreams(nil, &out, &out)))
+	p, err := b.task.Exec(b.ctx, "e", spec.Process, cio.NewCreator(cio.WithStreams(nil, &out, io.Discard)))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,13 +1,17 @@
 package bootstrap
 
 import (
+	"context"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
 	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/typeurl/v2"
+	"github.com/opencontainers/runtime-spec/specs-go/features"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 )
@@ -54,5 +58,32 @@ func TestGroup(t *testing.T) {
 	}
 	if g := group(dir, "a"); g != "pod" {
 		t.Errorf("in a pod: %q", g)
+	}
+}
+
+// TestInfo: CRI asks for these before it uses user namespaces or recursive
+// read-only mounts.
+func TestInfo(t *testing.T) {
+	info, err := manager{}.Info(context.Background(), strings.NewReader(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	v, err := typeurl.UnmarshalAny(info.Features)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := v.(*features.Features)
+	for _, ns := range []string{"user", "time", "cgroup", "pid"} {
+		if !slices.Contains(f.Linux.Namespaces, ns) {
+			t.Errorf("no %s namespace in %v", ns, f.Linux.Namespaces)
+		}
+	}
+	for _, option := range []string{"rro", "idmap", "tmpcopyup", "rshared"} {
+		if !slices.Contains(f.MountOptions, option) {
+			t.Errorf("no option %s in %v", option, f.MountOptions)
+		}
+	}
+	if len(f.Hooks) != 6 || !*f.Linux.MountExtensions.IDMap.Enabled || !*f.Linux.NetDevices.Enabled {
+		t.Errorf("%+v", f)
 	}
 }

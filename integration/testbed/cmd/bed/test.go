@@ -69,6 +69,12 @@ func (b *bed) test(ctx context.Context, patterns []string) error {
 	workers := guests
 	if host {
 		workers = 1 // there is but one host
+		packages = slices.DeleteFunc(packages, func(p *testPackage) bool {
+			if p.init() != "" {
+				fmt.Printf("?   \t%s\t[needs the guest that boots %s]\n", p.ImportPath, p.init())
+			}
+			return p.init() != ""
+		})
 	}
 	for i := range workers {
 		work.wg.Go(func() { work.serve(ctx, filepath.Join(tmp, fmt.Sprintf("vm%d", i))) })
