@@ -10,7 +10,6 @@ import (
 // initProgram is pve-init, opened on a detached read-only mount: a container
 // that opens its /proc/1/exe for writing (CVE-2019-5736) gets EROFS.
 type initProgram struct {
-	path string
 	tree *os.File // keeps the detached mount alive
 }
 
@@ -25,7 +24,7 @@ func openInitProgram(path string) (*initProgram, error) {
 		tree.Close()
 		return nil, fmt.Errorf("mount_setattr of %s: %w", path, err)
 	}
-	return &initProgram{path: path, tree: tree}, nil
+	return &initProgram{tree: tree}, nil
 }
 
 // open returns a descriptor to execute pve-init through.
