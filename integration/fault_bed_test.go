@@ -173,6 +173,11 @@ func TestKilled(t *testing.T) {
 		// lxc-start hands it on to init.
 		{name: "monitor by SIGTERM", args: exitsWith(7), fault: func(t *testing.T, b *box) { send(t, monitorOf(t, b.container.ID()), syscall.SIGTERM) },
 			code: 7, events: "create start exit delete"},
+		// It cannot tell the end, so it is not waited for.
+		{name: "init below a stopped monitor", fault: func(t *testing.T, b *box) {
+			send(t, monitorOf(t, b.container.ID()), syscall.SIGSTOP)
+			send(t, int(b.task.Pid()), syscall.SIGKILL)
+		}, code: 137, events: "create start exit delete"},
 		{name: "monitor before start", kind: "created", fault: func(t *testing.T, b *box) { send(t, monitorOf(t, b.container.ID()), syscall.SIGKILL) },
 			code: 137, events: "create exit delete"},
 		{name: "pve-init before start", kind: "created", fault: func(t *testing.T, b *box) { send(t, int(b.task.Pid()), syscall.SIGKILL) },

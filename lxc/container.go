@@ -23,6 +23,9 @@ import (
 // readyLimit is how long liblxc and the mount hook may take to make a container.
 const readyLimit = time.Minute
 
+// monitorLimit is how long lxc-start may take to tell of init's end.
+const monitorLimit = 20 * time.Second
+
 // Container is a container that was created; it embeds its init.
 type Container struct {
 	*Process
@@ -170,6 +173,7 @@ func (c *Container) launch(ctx context.Context, start string, pveInit *initProgr
 	if err := c.cgroup.settle(); err != nil {
 		return err
 	}
+	go c.watchMonitor(pidfd)
 	go c.reap()
 	return nil
 }
@@ -281,6 +285,19 @@ func firstErrors(log []byte) string {
 		return "it gave no reason"
 	}
 	return strings.Join(found, "; ")
+}
+
+// watchMonitor ends a monitor that says nothing although init has ended: it
+// was stopped, or waits for something itself. The status is lost with it.
+func (c *Container) watchMonitor(pidfd *os.File) {
+	if awaitEnd(pidfd) != nil {
+		return // closed: the end is known
+	}
+	select {
+	case <-c.Done():
+	case <-time.After(monitorLimit):
+		_ = c.monitor.cmd.Process.Kill()
+	}
 }
 
 // reap waits for the container's end and makes its status known.
