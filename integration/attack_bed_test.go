@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -65,6 +66,7 @@ const stopScan = "/stop-scan"
 // scan tries to get hold of processes on their way into the container, until
 // stopScan is there. It says how many it has met and all that it got.
 func scan() error {
+	runtime.LockOSThread() // a tracer is a thread
 	met := map[int]bool{}
 	got := map[string]bool{}
 	coming := func(line string) bool {
@@ -112,11 +114,15 @@ func scan() error {
 			}
 			try("list fd", func() error { _, err := os.ReadDir(dir + "fd"); return err })
 			try("ptrace", func() error {
-				err := unix.PtraceSeize(pid)
-				if err == nil {
-					err = unix.PtraceDetach(pid)
+				if err := unix.PtraceSeize(pid); err != nil {
+					return err
 				}
-				return err
+				// Let it go again: the end of what is traced is told to the tracer first.
+				if err := unix.PtraceInterrupt(pid); err == nil {
+					_, _ = unix.Wait4(pid, nil, unix.WALL, nil)
+				}
+				_ = unix.PtraceDetach(pid)
+				return nil
 			})
 		}
 		if _, err := os.Stat(stopScan); err == nil {
@@ -172,7 +178,8 @@ func overwrite() error {
 
 // swap exchanges, without end, a directory and a symlink of a shared volume.
 func swap() error {
-	for {
+	// Without a pause every lookup on the machine would have to be repeated.
+	for ; ; time.Sleep(20 * time.Microsecond) {
 		for _, name := range []string{"/vol/dir", "/vol/deep"} {
 			if err := unix.Renameat2(unix.AT_FDCWD, name, unix.AT_FDCWD, name+"-link", unix.RENAME_EXCHANGE); err != nil {
 				return err

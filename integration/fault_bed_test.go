@@ -74,6 +74,22 @@ func (j *journal) expect(t *testing.T, id, want string) {
 	t.Errorf("events of %s: %q, want %q", id, got, want)
 }
 
+// calm are the counts once what earlier containers have left to containerd's
+// garbage collection is gone.
+func calm(t *testing.T) map[string]int {
+	t.Helper()
+	last := count(t)
+	for range 20 {
+		time.Sleep(time.Second)
+		now := count(t)
+		if now["datasets"] == last["datasets"] && now["runtime files"] == last["runtime files"] {
+			return now
+		}
+		last = now
+	}
+	return last
+}
+
 // bystander starts a container that has nothing to do with what happens to the
 // others; the function returned checks that nothing happened to it.
 func bystander(t *testing.T) func() {
@@ -158,7 +174,7 @@ func (b *box) gone() {
 func TestKilled(t *testing.T) {
 	run(t, options{args: []string{"true"}})
 	untouched := bystander(t)
-	before := count(t)
+	before := calm(t)
 	for _, c := range []struct {
 		name   string
 		args   []string
@@ -271,8 +287,8 @@ func restartContainerd(t *testing.T, sig syscall.Signal, down func()) {
 // state, and some end meanwhile. All is as if it had never been away.
 func TestContainerdRestart(t *testing.T) {
 	run(t, options{args: []string{"true"}})
-	before := count(t)
-	delete(before, "open files of containerd") // it is another one afterwards
+	before := calm(t)
+	before["open files of containerd"] = 1 << 20 // it is another one afterwards
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
 		t.Run(sig.String(), func(t *testing.T) {
 			id := func(name string) string { return fmt.Sprintf("restart-%d-%s", sig, name) }
@@ -357,7 +373,7 @@ func (n nowhere) Close() error       { return os.Remove(n.fifo) }
 func TestUnruly(t *testing.T) {
 	run(t, options{args: []string{"true"}})
 	untouched := bystander(t)
-	before := count(t)
+	before := calm(t)
 	t.Run("forks without end", func(t *testing.T) {
 		b := start(t, options{args: sh(`f() { while :; do f & done; }; f 2>/dev/null & exec sleep 1000`), spec: []oci.SpecOpts{oci.WithPidsLimit(50)}})
 		eventually(t, time.Minute, "the limit is reached", func() bool {
@@ -518,7 +534,7 @@ func TestShortages(t *testing.T) {
 		t.Fatal(got)
 	}
 	untouched := bystander(t)
-	before := count(t)
+	before := calm(t)
 
 	// The shim's own cgroup, so that nobody but it is short.
 	short := "/sys/fs/cgroup/short"
@@ -610,11 +626,11 @@ func TestShortages(t *testing.T) {
 		}
 		n, err := strconv.Atoi(strings.TrimSpace(used))
 		must(t, err)
-		if out, code := command("zfs", "set", fmt.Sprintf("quota=%d", n+4<<20), "tank/containerd-pve"); code != 0 {
+		if out, code := command("zfs", "set", fmt.Sprintf("quota=%d", n+2<<20), "tank/containerd-pve"); code != 0 {
 			t.Fatal(out)
 		}
 		defer command("zfs", "set", "quota=none", "tank/containerd-pve")
-		stdout, stderr, exit := run(t, options{args: sh("head -c 30000000 /dev/urandom >/big; echo $?; sync; echo more >>/etc/hostname; exit 3")})
+		stdout, stderr, exit := run(t, options{args: sh("head -c 12000000 /dev/urandom >/big; echo $?; sync; echo more >>/etc/hostname; exit 3")})
 		if exit != 3 || !strings.HasPrefix(stdout, "1\n") || !strings.Contains(stderr, "head:") {
 			t.Errorf("exit code %d, %q, %q", exit, stdout, stderr)
 		}
