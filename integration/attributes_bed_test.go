@@ -355,6 +355,7 @@ func TestExecLife(t *testing.T) {
 		case <-time.After(time.Minute):
 			t.Fatal("the exec outlives init")
 		}
+		<-b.exit // init is the last of its pid namespace to go
 		if pids, err := b.task.Pids(b.ctx); err == nil && slices.ContainsFunc(pids, func(p client.ProcessInfo) bool { return p.Pid != 0 }) {
 			t.Errorf("processes after init's end: %v", pids)
 		}
