@@ -206,7 +206,7 @@ func (c *Container) next(ctx context.Context, from *channel, limit time.Duration
 // beforeHooks does to the container's first process what takes the host's rights.
 func (c *Container) beforeHooks(pid int, t *translation) error {
 	if t.time != nil {
-		if err := checkTimeNamespace(pid); err != nil {
+		if err := t.time.check(pid); err != nil {
 			return err
 		}
 	}
@@ -224,19 +224,23 @@ func (c *Container) beforeHooks(pid int, t *translation) error {
 	return raiseLimits(pid, t.process.Rlimits)
 }
 
-// checkTimeNamespace makes sure that the process is in another one than we are.
-// Kernels before 6.3 keep a program that was started by vfork in the old one.
-func checkTimeNamespace(pid int) error {
-	ours, err := os.Readlink("/proc/self/ns/time")
+// check makes sure that the process is in the namespace. Kernels before 6.3 keep
+// a program that was started by vfork in the old one.
+func (ns *timeNamespace) check(pid int) error {
+	path := ns.path
+	if path == "" {
+		path = "/proc/self/ns/time"
+	}
+	other, err := os.Stat(path)
 	if err != nil {
 		return fmt.Errorf("linux.namespaces: time: %w", err)
 	}
-	theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/time", pid))
+	theirs, err := os.Stat(fmt.Sprintf("/proc/%d/ns/time", pid))
 	if err != nil {
 		return fmt.Errorf("linux.namespaces: time: %w", err)
 	}
-	if ours == theirs {
-		return fmt.Errorf("linux.namespaces: the container is not in its time namespace (that takes Linux 6.3, or another one than the runtime's): %w", errdefs.ErrFailedPrecondition)
+	if os.SameFile(other, theirs) != (ns.path != "") {
+		return fmt.Errorf("linux.namespaces: the container did not get into its time namespace, which takes Linux 6.3: %w", errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }
