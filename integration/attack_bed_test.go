@@ -136,12 +136,12 @@ func scan() error {
 	return nil
 }
 
-// overwrite tries to write into the program of the process that runs "mount /fifo".
+// overwrite tries to write into the program of a pve-init that waits for its start.
 func overwrite() error {
 	var pid int
 	for end := time.Now().Add(time.Minute); pid == 0; time.Sleep(10 * time.Millisecond) {
 		for p, line := range processes() {
-			if strings.Contains(line, "mount\x00/fifo\x00") {
+			if strings.HasPrefix(line, "/proc/self/fd/") && strings.Contains(line, "\x00init\x00") {
 				pid = p
 			}
 		}

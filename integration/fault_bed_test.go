@@ -90,6 +90,13 @@ func calm(t *testing.T) map[string]int {
 	return last
 }
 
+// oneMore runs and removes one container more, so that what is still to be
+// removed is: a dataset that was busy is tried again with the next removal.
+func oneMore(t *testing.T) {
+	t.Helper()
+	t.Run("one more", func(t *testing.T) { run(t, options{image: busybox, args: []string{"true"}}) })
+}
+
 // bystander starts a container that has nothing to do with what happens to the
 // others; the function returned checks that nothing happened to it.
 func bystander(t *testing.T) func() {
@@ -172,7 +179,7 @@ func (b *box) gone() {
 // TestKilled: a part of a container is taken away, in each state. The end is
 // known by event, by Wait and by State, with the right code; nothing is left.
 func TestKilled(t *testing.T) {
-	run(t, options{args: []string{"true"}})
+	oneMore(t)
 	untouched := bystander(t)
 	before := calm(t)
 	for _, c := range []struct {
@@ -264,6 +271,7 @@ func TestKilled(t *testing.T) {
 			j.expect(t, id, c.events)
 		})
 	}
+	oneMore(t)
 	same(t, before)
 	untouched()
 }
@@ -286,7 +294,7 @@ func restartContainerd(t *testing.T, sig syscall.Signal, down func()) {
 // TestContainerdRestart: containerd goes and comes back while tasks are in each
 // state, and some end meanwhile. All is as if it had never been away.
 func TestContainerdRestart(t *testing.T) {
-	run(t, options{args: []string{"true"}})
+	oneMore(t)
 	before := calm(t)
 	before["open files of containerd"] = 1 << 20 // it is another one afterwards
 	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
@@ -354,6 +362,7 @@ func TestContainerdRestart(t *testing.T) {
 			}
 		})
 	}
+	oneMore(t)
 	same(t, before)
 }
 
@@ -371,7 +380,7 @@ func (n nowhere) Close() error       { return os.Remove(n.fifo) }
 // TestUnruly: containers that do what they can to be a nuisance. Their end is
 // known, nothing is left of them, and the others do not notice.
 func TestUnruly(t *testing.T) {
-	run(t, options{args: []string{"true"}})
+	oneMore(t)
 	untouched := bystander(t)
 	before := calm(t)
 	t.Run("forks without end", func(t *testing.T) {
@@ -489,6 +498,7 @@ func TestUnruly(t *testing.T) {
 			t.Errorf("exit code %d", code)
 		}
 	})
+	oneMore(t)
 	same(t, before)
 	untouched()
 }
@@ -529,7 +539,7 @@ func attempt(t *testing.T, id string, runtime any) (reached string) {
 // TestShortages: the host runs out of something at every point of a container's
 // life. What cannot be done is an error; nothing is left; the others go on.
 func TestShortages(t *testing.T) {
-	run(t, options{args: []string{"true"}})
+	oneMore(t)
 	if got := attempt(t, "plenty", nil); got != "exec" {
 		t.Fatal(got)
 	}
@@ -635,6 +645,7 @@ func TestShortages(t *testing.T) {
 			t.Errorf("exit code %d, %q, %q", exit, stdout, stderr)
 		}
 	})
+	oneMore(t)
 	same(t, before)
 	untouched()
 }
