@@ -9,9 +9,11 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/cgroups/fs2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -33,6 +35,7 @@ type Container struct {
 	monitor   *monitor
 	sync      *channel // to pve-init until the entrypoint runs
 	sharedPID bool     // init's end does not end the others by itself
+	oomKills  atomic.Uint64
 }
 
 // launch starts lxc-start and waits for pve-init's word.
@@ -169,6 +172,8 @@ func firstErrors(log []byte) string {
 // reap waits for the container's end and makes its status known.
 func (c *Container) reap() {
 	ws, ok := <-c.monitor.status
+	// At once: systemd takes an empty scope away, with its counters.
+	c.OOMKills()
 	var exit ExitStatus
 	if ok {
 		exit = exitOf(ws)
@@ -257,6 +262,15 @@ func (c *Container) Update(_ context.Context, r *specs.LinuxResources) error {
 
 // Pids are the host's process ids of all that runs in the container.
 func (c *Container) Pids(context.Context) ([]int, error) { return c.cgroup.pids() }
+
+// OOMKills is how many processes of the container the OOM killer has taken, as
+// far as it is known: the cgroup may be gone.
+func (c *Container) OOMKills() uint64 {
+	if n, err := fs2.OOMKillCount(cgroupDir(c.state.Cgroup)); err == nil {
+		c.oomKills.Store(n)
+	}
+	return c.oomKills.Load()
+}
 
 // CgroupPath is the container's cgroup below /sys/fs/cgroup, as "/default/id".
 func (c *Container) CgroupPath() string { return c.state.Cgroup }
