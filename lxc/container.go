@@ -11,9 +11,11 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/cgroups/fs2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -41,6 +43,7 @@ type Container struct {
 	user      *userNamespace
 	enter     uintptr // see translation.enter
 	hooked    bool    // hooks have run, so that those of the end are due
+	oomKills  atomic.Uint64
 }
 
 // launch starts lxc-start and waits for pve-init's word.
@@ -307,6 +310,8 @@ func (c *Container) watchMonitor(pidfd *os.File) {
 // reap waits for the container's end and makes its status known.
 func (c *Container) reap() {
 	ws, ok := <-c.monitor.status
+	// At once: systemd takes an empty scope away, with its counters.
+	c.OOMKills()
 	var exit ExitStatus
 	if ok {
 		exit = exitOf(ws)
@@ -398,6 +403,15 @@ func (c *Container) Update(_ context.Context, r *specs.LinuxResources) error {
 
 // Pids are the host's process ids of all that runs in the container.
 func (c *Container) Pids(context.Context) ([]int, error) { return c.cgroup.pids() }
+
+// OOMKills is how many processes of the container the OOM killer has taken, as
+// far as it is known: the cgroup may be gone.
+func (c *Container) OOMKills() uint64 {
+	if n, err := fs2.OOMKillCount(cgroupDir(c.state.Cgroup)); err == nil {
+		c.oomKills.Store(n)
+	}
+	return c.oomKills.Load()
+}
 
 // CgroupPath is the container's cgroup below /sys/fs/cgroup, as "/default/id".
 func (c *Container) CgroupPath() string { return c.state.Cgroup }
