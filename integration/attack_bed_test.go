@@ -112,7 +112,16 @@ func scan() error {
 					return nil
 				})
 			}
-			try("list fd", func() error { _, err := os.ReadDir(dir + "fd"); return err })
+			// Their numbers are no secret to root.
+			try("readlink of a descriptor", func() error {
+				list, err := os.ReadDir(dir + "fd")
+				for _, fd := range list {
+					if _, err = os.Readlink(dir + "fd/" + fd.Name()); err == nil {
+						return nil
+					}
+				}
+				return errors.Join(err, errors.New("none"))
+			})
 			try("ptrace", func() error {
 				if err := unix.PtraceSeize(pid); err != nil {
 					return err
