@@ -394,7 +394,7 @@ func TestBedErrors(t *testing.T) {
 		"apparmor":       {func(_ *box, p *plan.Process) { p.AppArmorProfile = "nosuch" }, false, "process.apparmorProfile nosuch"},
 		"apparmor after a hook": {func(_ *box, p *plan.Process) {
 			p.AppArmorProfile = "nosuch"
-			p.Hooks = []specs.Hook{{Path: "/bin/true"}}
+			p.Hooks, p.State = []specs.Hook{{Path: "/bin/true"}}, &specs.State{}
 		}, true, "process.apparmorProfile nosuch"},
 		"hook": {func(_ *box, p *plan.Process) {
 			p.Hooks = []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "cat; exit 3"}}}
