@@ -137,11 +137,7 @@ func TestHooksOfALostShim(t *testing.T) {
 		return errdefs.IsNotFound(err)
 	})
 	b.task = nil
-	// The client's FIFOs are the client's, which never came to delete the task.
-	files, _ := filepath.Glob("/run/containerd/fifo/*")
-	for _, f := range files {
-		os.RemoveAll(f)
-	}
+	removeFIFOs()
 }
 
 // TestHooksThatFail: what fails before the start fails the create or the start,
