@@ -67,6 +67,7 @@ test-suite:
 
 conformance:
 	$(bed) conformance $(if $(value RUN),-run "$$RUN") $(if $(update),-update)
+	$(if $(value RUN),,RUN='^TestLongProcessOfRunc$$' $(bed) test ./integration)
 
 testbed:
 	$(bed) setup
