@@ -231,7 +231,7 @@ func TestScope(t *testing.T) {
 	if err := b.task.Pause(b.ctx); err != nil {
 		t.Fatal(err)
 	}
-	if f, err := os.ReadFile(x + "/cgroup.events"); err != nil || !strings.Contains(string(f), "frozen 1") {
+	if f, err := os.ReadFile(x + "/payload/cgroup.events"); err != nil || !strings.Contains(string(f), "frozen 1") {
 		t.Errorf("paused: %q, %v", f, err)
 	}
 	metric, err := b.task.Metrics(b.ctx)
