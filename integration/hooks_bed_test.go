@@ -109,7 +109,7 @@ func TestHooks(t *testing.T) {
 			st.Bundle != "/run/containerd/io.containerd.runtime.v2.task/default/hooked" || st.Annotations["some.key"] != "some value" {
 			t.Errorf("%s: state %s", c.name, first)
 		}
-		lines(t, c.name, rest, c.name+" a b", c.name, c.ns[0], c.ns[1], c.root)
+		wholly(t, c.name, rest, c.name+" a b", c.name, c.ns[0], c.ns[1], c.root)
 	}
 }
 
@@ -137,6 +137,7 @@ func TestHooksOfALostShim(t *testing.T) {
 		return errdefs.IsNotFound(err)
 	})
 	b.task = nil
+	removeFIFOs()
 }
 
 // TestHooksThatFail: what fails before the start fails the create or the start,

@@ -349,7 +349,7 @@ func TestNetDevices(t *testing.T) {
 		}
 	}
 	out, code = command("nsenter", "-t", fmt.Sprint(b.task.Pid()), "-n", "--", "ip", "-o", "link")
-	for _, want := range []string{"eth7: <BROADCAST,NOARP,UP,LOWER_UP>", "made0: <BROADCAST,NOARP,UP,LOWER_UP> mtu 1400"} {
+	for _, want := range []string{"lo: <LOOPBACK,UP,LOWER_UP>", "eth7: <BROADCAST,NOARP,UP,LOWER_UP>", "made0: <BROADCAST,NOARP,UP,LOWER_UP> mtu 1400"} {
 		if code != 0 || !strings.Contains(out, want) {
 			t.Errorf("no %q in\n%s", want, out)
 		}

@@ -530,6 +530,7 @@ func same(t *testing.T, before map[string]int) {
 // TestShimKilled: containerd's `delete` cleans up after a shim that was killed.
 func TestShimKilled(t *testing.T) {
 	run(t, options{args: []string{"true"}}) // whatever is made once is made now
+	removeFIFOs()
 	before := count(t)
 	t.Run("kill", func(t *testing.T) {
 		b := start(t, options{id: "orphan", args: sh("sleep 1000 & sleep 1000")})
@@ -561,12 +562,17 @@ func TestShimKilled(t *testing.T) {
 			})
 		}
 	})
-	// The client's FIFOs are the client's, which never came to delete the task.
+	removeFIFOs()
+	same(t, before)
+}
+
+// removeFIFOs takes away the FIFOs of clients that never came to delete their
+// task, because its shim was killed: they are the client's to remove.
+func removeFIFOs() {
 	files, _ := filepath.Glob("/run/containerd/fifo/*")
 	for _, f := range files {
 		os.RemoveAll(f)
 	}
-	same(t, before)
 }
 
 // TestNothingIsLeft runs and removes 200 containers in a row.

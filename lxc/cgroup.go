@@ -209,12 +209,18 @@ func (c *cgroup) settle() error {
 	return c.mirror(c.limits)
 }
 
+// freeze works on the payload, as liblxc does: asked to stop the container, its
+// monitor thaws the payload and waits for that, for ever if the parent is frozen.
 func (c *cgroup) freeze(on bool) error {
+	m, err := fs2.NewManager(&cgroups.Cgroup{Path: filepath.Join(c.path, payload), Resources: &cgroups.Resources{}}, c.payloadDir())
+	if err != nil {
+		return err
+	}
 	to := cgroups.Thawed
 	if on {
 		to = cgroups.Frozen
 	}
-	if err := c.manager.Freeze(to); err != nil {
+	if err := m.Freeze(to); err != nil {
 		return fmt.Errorf("freezer of %s: %w", c.path, err)
 	}
 	return nil

@@ -11,9 +11,11 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/cgroups/fs2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
@@ -22,6 +24,9 @@ import (
 
 // readyLimit is how long liblxc and the mount hook may take to make a container.
 const readyLimit = time.Minute
+
+// monitorLimit is how long lxc-start may take to tell of init's end.
+const monitorLimit = 20 * time.Second
 
 // Container is a container that was created; it embeds its init.
 type Container struct {
@@ -38,6 +43,7 @@ type Container struct {
 	user      *userNamespace
 	enter     uintptr // see translation.enter
 	hooked    bool    // hooks have run, so that those of the end are due
+	oomKills  atomic.Uint64
 }
 
 // launch starts lxc-start and waits for pve-init's word.
@@ -170,6 +176,7 @@ func (c *Container) launch(ctx context.Context, start string, pveInit *initProgr
 	if err := c.cgroup.settle(); err != nil {
 		return err
 	}
+	go c.watchMonitor(pidfd)
 	go c.reap()
 	return nil
 }
@@ -202,7 +209,7 @@ func (c *Container) next(ctx context.Context, from *channel, limit time.Duration
 // beforeHooks does to the container's first process what takes the host's rights.
 func (c *Container) beforeHooks(pid int, t *translation) error {
 	if t.time != nil {
-		if err := checkTimeNamespace(pid); err != nil {
+		if err := t.time.check(pid); err != nil {
 			return err
 		}
 	}
@@ -220,19 +227,23 @@ func (c *Container) beforeHooks(pid int, t *translation) error {
 	return raiseLimits(pid, t.process.Rlimits)
 }
 
-// checkTimeNamespace makes sure that the process is in another one than we are.
-// Kernels before 6.3 keep a program that was started by vfork in the old one.
-func checkTimeNamespace(pid int) error {
-	ours, err := os.Readlink("/proc/self/ns/time")
+// check makes sure that the process is in the namespace. Kernels before 6.3 keep
+// a program that was started by vfork in the old one.
+func (ns *timeNamespace) check(pid int) error {
+	path := ns.path
+	if path == "" {
+		path = "/proc/self/ns/time"
+	}
+	other, err := os.Stat(path)
 	if err != nil {
 		return fmt.Errorf("linux.namespaces: time: %w", err)
 	}
-	theirs, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/time", pid))
+	theirs, err := os.Stat(fmt.Sprintf("/proc/%d/ns/time", pid))
 	if err != nil {
 		return fmt.Errorf("linux.namespaces: time: %w", err)
 	}
-	if ours == theirs {
-		return fmt.Errorf("linux.namespaces: the container is not in its time namespace (that takes Linux 6.3, or another one than the runtime's): %w", errdefs.ErrFailedPrecondition)
+	if os.SameFile(other, theirs) != (ns.path != "") {
+		return fmt.Errorf("linux.namespaces: the container did not get into its time namespace, which takes Linux 6.3: %w", errdefs.ErrFailedPrecondition)
 	}
 	return nil
 }
@@ -283,9 +294,24 @@ func firstErrors(log []byte) string {
 	return strings.Join(found, "; ")
 }
 
+// watchMonitor ends a monitor that says nothing although init has ended: it
+// was stopped, or waits for something itself. The status is lost with it.
+func (c *Container) watchMonitor(pidfd *os.File) {
+	if awaitEnd(pidfd) != nil {
+		return // closed: the end is known
+	}
+	select {
+	case <-c.Done():
+	case <-time.After(monitorLimit):
+		_ = c.monitor.cmd.Process.Kill()
+	}
+}
+
 // reap waits for the container's end and makes its status known.
 func (c *Container) reap() {
 	ws, ok := <-c.monitor.status
+	// At once: systemd takes an empty scope away, with its counters.
+	c.OOMKills()
 	var exit ExitStatus
 	if ok {
 		exit = exitOf(ws)
@@ -377,6 +403,15 @@ func (c *Container) Update(_ context.Context, r *specs.LinuxResources) error {
 
 // Pids are the host's process ids of all that runs in the container.
 func (c *Container) Pids(context.Context) ([]int, error) { return c.cgroup.pids() }
+
+// OOMKills is how many processes of the container the OOM killer has taken, as
+// far as it is known: the cgroup may be gone.
+func (c *Container) OOMKills() uint64 {
+	if n, err := fs2.OOMKillCount(cgroupDir(c.state.Cgroup)); err == nil {
+		c.oomKills.Store(n)
+	}
+	return c.oomKills.Load()
+}
 
 // CgroupPath is the container's cgroup below /sys/fs/cgroup, as "/default/id".
 func (c *Container) CgroupPath() string { return c.state.Cgroup }

@@ -1,8 +1,11 @@
 package lxc
 
 import (
+	"errors"
 	"fmt"
+	"io"
 	"os"
+	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -10,8 +13,10 @@ import (
 // initProgram is pve-init, opened on a read-only mount that is attached nowhere: a
 // container that opens its /proc/1/exe for writing (CVE-2019-5736) gets EROFS.
 type initProgram struct {
-	path string
 	file *os.File
+
+	mu   sync.Mutex
+	copy *os.File // made by unreadable
 }
 
 func openInitProgram(path string) (*initProgram, error) {
@@ -32,10 +37,52 @@ func openInitProgram(path string) (*initProgram, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
-	return &initProgram{path: path, file: file}, nil
+	return &initProgram{file: file}, nil
 }
 
 // open returns a descriptor to execute pve-init through.
 func (p *initProgram) open() (*os.File, error) {
 	return os.Open(fmt.Sprintf("/proc/self/fd/%d", p.file.Fd()))
+}
+
+// unreadable is a sealed copy that everybody may execute and nobody may read. A
+// process of it in a user namespace is the host's to the kernel: it cannot be
+// dumped or traced by the root of that user namespace, who may well be a
+// process of the image's. The caller does not close it.
+func (p *initProgram) unreadable() (_ *os.File, retErr error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.copy != nil {
+		return p.copy, nil
+	}
+	from, err := p.open()
+	if err != nil {
+		return nil, err
+	}
+	defer from.Close()
+	const flags = unix.MFD_CLOEXEC | unix.MFD_ALLOW_SEALING
+	fd, err := unix.MemfdCreate("pve-init", flags|unix.MFD_EXEC)
+	if errors.Is(err, unix.EINVAL) { // before Linux 6.3
+		fd, err = unix.MemfdCreate("pve-init", flags)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("memfd_create: %w", err)
+	}
+	to := os.NewFile(uintptr(fd), "pve-init")
+	defer func() {
+		if retErr != nil {
+			to.Close()
+		}
+	}()
+	if _, err := io.Copy(to, from); err != nil {
+		return nil, fmt.Errorf("copy pve-init: %w", err)
+	}
+	if err := to.Chmod(0o111); err != nil {
+		return nil, err
+	}
+	if _, err := unix.FcntlInt(to.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_SEAL|unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_WRITE); err != nil {
+		return nil, fmt.Errorf("seal the copy of pve-init: %w", err)
+	}
+	p.copy = to
+	return to, nil
 }

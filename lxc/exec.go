@@ -116,15 +116,21 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 		return nil, err
 	}
 	args := []string{"pve-init", "exec", "3", "5"}
+	inherited := []*os.File{theirs, exe, pidfd}
 	if c.enter != 0 {
-		args = []string{"pve-init", "enter", "3", "4", "5"}
+		again, err := program.unreadable()
+		if err != nil {
+			return nil, fmt.Errorf("exec in container %s: %w", c.state.ID, err)
+		}
+		args = []string{"pve-init", "enter", "3", "6", "5"}
+		inherited = append(inherited, again)
 	}
 	cmd := &exec.Cmd{
 		Path:       "/proc/self/fd/4",
 		Args:       args,
 		Env:        env,
 		Dir:        "/",
-		ExtraFiles: []*os.File{theirs, exe, pidfd},
+		ExtraFiles: inherited,
 		SysProcAttr: &syscall.SysProcAttr{
 			UseCgroupFD: true,
 			CgroupFD:    int(cgroup.Fd()),

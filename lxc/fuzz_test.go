@@ -24,7 +24,7 @@ var configKeys = map[string]bool{
 	"lxc.namespace.clone": true, "lxc.namespace.share.pid": true, "lxc.namespace.share.net": true,
 	"lxc.namespace.share.ipc": true, "lxc.namespace.share.uts": true, "lxc.namespace.share.cgroup": true,
 	"lxc.namespace.share.user": true, "lxc.namespace.share.time": true,
-	"lxc.net.0.type": true, "lxc.uts.name": true, "lxc.cgroup.dir.container": true, "lxc.cgroup.dir.monitor": true,
+	"lxc.net.0.type": true, "lxc.net.0.flags": true, "lxc.uts.name": true, "lxc.cgroup.dir.container": true, "lxc.cgroup.dir.monitor": true,
 	"lxc.cgroup.dir.monitor.pivot": true, "lxc.idmap": true, "lxc.environment": true, "lxc.time.offset.boot": true, "lxc.time.offset.monotonic": true,
 }
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os/exec"
+	"syscall"
 	"time"
 
 	"github.com/containerd/log"
@@ -56,6 +57,9 @@ func runHook(ctx context.Context, h specs.Hook, st []byte) error {
 	}
 	cmd.Env = append([]string{}, h.Env...)
 	cmd.Stdin = bytes.NewReader(st)
+	// Late, it ends with all that it has started.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	// A grandchild that keeps the pipe open must not keep us.
 	cmd.WaitDelay = time.Second
 	out, err := cmd.CombinedOutput()

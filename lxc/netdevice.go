@@ -55,8 +55,10 @@ func moveNetDevice(inside *netlink.Handle, ns int, name, newName string) error {
 	if newName == "" {
 		newName = name
 	}
-	// Name and namespace in one request: there is no moment at which the device
-	// is in the container with a name that may be taken there.
+	// The kernel moves first and finds out then that the name is taken.
+	if slices.ContainsFunc(before, func(l netlink.Link) bool { return l.Attrs().Name == newName }) {
+		return fmt.Errorf("the container has a %s already: %w", newName, errdefs.ErrInvalidArgument)
+	}
 	request := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_ACK)
 	message := nl.NewIfInfomsg(unix.AF_UNSPEC)
 	message.Index = int32(link.Attrs().Index)

@@ -79,3 +79,39 @@ func TestPrepareTrees(t *testing.T) {
 		t.Errorf("left behind: %v, %v", left, err)
 	}
 }
+
+// TestUnreadable: the copy that enters a user namespace can be executed, and
+// neither read by others nor written by anybody.
+func TestUnreadable(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("only root clones a mount")
+	}
+	program, err := openInitProgram("/proc/self/exe")
+	if err != nil {
+		t.Skipf("this sandbox lets no mount be cloned: %v", err)
+	}
+	defer program.file.Close()
+	f, err := program.unreadable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	again, err := program.unreadable()
+	if err != nil || again != f {
+		t.Errorf("a second copy was made: %v", err)
+	}
+	st, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	self, err := os.Stat("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st.Mode().Perm() != 0o111 || st.Size() != self.Size() {
+		t.Errorf("mode %s, %d bytes; want 0111, %d", st.Mode(), st.Size(), self.Size())
+	}
+	if _, err := f.WriteAt([]byte("x"), 0); err == nil {
+		t.Error("it can be written")
+	}
+}

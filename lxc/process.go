@@ -85,13 +85,26 @@ func (p *Process) Kill(_ context.Context, sig unix.Signal) error {
 	return nil
 }
 
-// openPidfd takes hold of a process.
+// openPidfd takes hold of a process. It does not block, so that awaitEnd needs
+// no thread.
 func openPidfd(pid int) (*os.File, error) {
-	fd, err := unix.PidfdOpen(pid, 0)
+	fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK)
 	if err != nil {
 		return nil, fmt.Errorf("pidfd_open %d: %w", pid, err)
 	}
 	return os.NewFile(uintptr(fd), "pidfd"), nil
+}
+
+// awaitEnd comes back when the process has ended, or the descriptor is closed.
+func awaitEnd(pidfd *os.File) error {
+	conn, err := pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	return conn.Read(func(fd uintptr) bool {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+		return n > 0 || err != nil && !errors.Is(err, unix.EINTR)
+	})
 }
 
 // exitOf follows the shell's and containerd's convention.

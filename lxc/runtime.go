@@ -13,8 +13,8 @@
 //	<bundle>/lxc/lxc.log       liblxc's warnings
 //	<bundle>/lxc/monitor/      the private monitor FIFO liblxc reports the exit on
 //	<lxcpath>/<name>/config    the LXC configuration, so that lxc-ls shows the container
-//	<cgroup>                   the OCI cgroup X: limits, statistics, freezer
-//	<cgroup>/payload           made and removed by liblxc; the container's processes
+//	<cgroup>                   the OCI cgroup X: limits, statistics
+//	<cgroup>/payload           made and removed by liblxc; the container's processes, their freezer
 package lxc
 
 import (

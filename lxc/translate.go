@@ -201,6 +201,7 @@ func translate(o CreateOptions, name string) (*translation, error) {
 	switch {
 	case own[specs.NetworkNamespace]:
 		c.set("lxc.net.0.type", "empty")
+		c.set("lxc.net.0.flags", "up") // of lo, as runc has it
 	case !present[specs.NetworkNamespace]:
 		c.set("lxc.net.0.type", "none")
 	}

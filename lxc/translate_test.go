@@ -50,6 +50,7 @@ lxc.hook.mount = /proc/self/fd/4 mount 5 #
 lxc.init.cmd = /proc/self/fd/4 init 3
 lxc.namespace.clone = mnt pid net ipc uts
 lxc.net.0.type = empty
+lxc.net.0.flags = up
 lxc.uts.name = box
 lxc.cgroup.dir.container = default/x/payload
 lxc.cgroup.dir.monitor = containerd-pve/monitor/default--x

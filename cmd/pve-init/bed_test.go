@@ -391,7 +391,11 @@ func TestBedErrors(t *testing.T) {
 		"interpreter":    {func(_ *box, p *plan.Process) { p.Args = []string{"data"} }, true, "exec /bin/data: no such file or directory"},
 		"cwd is a file":  {func(_ *box, p *plan.Process) { p.Cwd = "/etc/passwd" }, false, "process.cwd: chdir to /etc/passwd: not a directory"},
 		"rlimit":         {func(_ *box, p *plan.Process) { p.Rlimits = []specs.POSIXRlimit{{Type: "X"}} }, true, "process.rlimits: unknown type X"},
-		"apparmor":       {func(_ *box, p *plan.Process) { p.AppArmorProfile = "nosuch" }, true, "process.apparmorProfile nosuch"},
+		"apparmor":       {func(_ *box, p *plan.Process) { p.AppArmorProfile = "nosuch" }, false, "process.apparmorProfile nosuch"},
+		"apparmor after a hook": {func(_ *box, p *plan.Process) {
+			p.AppArmorProfile = "nosuch"
+			p.Hooks, p.State = []specs.Hook{{Path: "/bin/true"}}, &specs.State{}
+		}, true, "process.apparmorProfile nosuch"},
 		"hook": {func(_ *box, p *plan.Process) {
 			p.Hooks = []specs.Hook{{Path: "/bin/sh", Args: []string{"sh", "-c", "cat; exit 3"}}}
 			p.State = &specs.State{ID: "the state"}

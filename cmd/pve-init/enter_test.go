@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -64,7 +65,16 @@ func TestEnter(t *testing.T) {
 	if err := conn.SetDeadline(time.Now().Add(time.Minute)); err != nil {
 		t.Fatal(err)
 	}
-	self, err := os.Open("/proc/self/exe")
+	// As the shim hands it over: nobody in the user namespace can read it.
+	text, err := os.ReadFile("/proc/self/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	again := filepath.Join(t.TempDir(), "again")
+	if err := os.WriteFile(again, text, 0o111); err != nil {
+		t.Fatal(err)
+	}
+	self, err := os.Open(again)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -115,6 +125,11 @@ func TestEnter(t *testing.T) {
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("the way in: %v", err)
 	}
+	// Of a process that root of the user namespace may trace it is root's there.
+	var owner unix.Stat_t
+	if err := unix.Stat("/proc/"+utoa(uint32(pidOf(t, passed[0])))+"/status", &owner); err != nil || owner.Uid != 0 {
+		t.Errorf("pve-init in the user namespace belongs to %d, %v", owner.Uid, err)
+	}
 	if err := encoder.Encode(plan.Process{Args: []string{"/bin/sh", "-c",
 		"id -u; id -g; readlink /proc/self/ns/user /proc/self/ns/mnt /proc/self/ns/uts; cat /proc/self/oom_score_adj; ls /proc/self/fd | wc -l; exit 7"},
 		Env: []string{"PATH=/usr/bin:/bin"}, Cwd: "/", UID: 5, GID: 6}); err != nil {
@@ -139,7 +154,7 @@ func TestEnter(t *testing.T) {
 		}
 		want = append(want, link)
 	}
-	text, err := os.ReadFile(out.Name())
+	text, err = os.ReadFile(out.Name())
 	if w := "5\n6\n" + strings.Join(want, "\n") + "\n300\n4\n"; err != nil || string(text) != w {
 		t.Errorf("%v\n%swant\n%s", err, text, w)
 	}

@@ -322,3 +322,16 @@ func TestSocketWithFiles(t *testing.T) {
 		unix.Close(fd)
 	}
 }
+
+func FuzzUnescape(f *testing.F) {
+	f.Add(`/a\040b`, "/a b")
+	f.Fuzz(func(t *testing.T, in, path string) {
+		if out := unescape(in); len(out) > len(in) {
+			t.Errorf("%q became %q", in, out)
+		}
+		escaped := strings.NewReplacer(" ", `\040`, "\t", `\011`, "\n", `\012`, `\`, `\134`).Replace(path)
+		if out := unescape(escaped); out != path {
+			t.Errorf("%q: %q", path, out)
+		}
+	})
+}

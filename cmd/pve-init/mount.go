@@ -87,6 +87,9 @@ func (r root) setup(p *plan.Mounts, t trees) error {
 			return failed(plan.ErrorInternal, "mounting a temporary /proc", err)
 		}
 	}
+	if err := r.holdDev(p.Mounts); err != nil {
+		return failed(plan.ErrorInvalid, "making /dev", err)
+	}
 	ownDev := true
 	for i := range p.Mounts {
 		m := &p.Mounts[i]
@@ -119,6 +122,28 @@ func (r root) setup(p *plan.Mounts, t trees) error {
 		return err
 	}
 	return r.protect(p, "/dev/null")
+}
+
+// holdDev mounts the root's own /dev over itself if the spec mounts nothing there.
+// liblxc, which has it open, unmounts what is at its pts when all is made
+// (conf.c, lxc_finish_devpts_child), and that would be the spec's devpts.
+func (r root) holdDev(mounts []plan.Mount) error {
+	for i := range mounts {
+		if strings.Join(components(mounts[i].Destination), "/") == "dev" {
+			return nil
+		}
+	}
+	dev, err := r.create("/dev", true)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(dev)
+	own, err := tree.Clone(dev, "", true)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(own)
+	return tree.Attach(own, dev)
 }
 
 // sysctl writes the keys in a fixed order, so that errors repeat.

@@ -51,13 +51,14 @@ func (s *socket) read(chunk []byte) (int, error) {
 
 // receive reads the next message into v; false means that the other end is closed.
 func (s *socket) receive(v any) (bool, error) {
-	for {
-		if i := bytes.IndexByte(s.buf, '\n'); i >= 0 {
-			line := s.buf[:i]
-			s.buf = s.buf[i+1:]
+	chunk := make([]byte, 64<<10)
+	for seen := 0; ; {
+		if i := bytes.IndexByte(s.buf[seen:], '\n'); i >= 0 {
+			line := s.buf[:seen+i]
+			s.buf = s.buf[seen+i+1:]
 			return true, json.Unmarshal(line, v)
 		}
-		chunk := make([]byte, 16<<10)
+		seen = len(s.buf)
 		n, err := s.read(chunk)
 		switch {
 		case err == unix.EINTR:

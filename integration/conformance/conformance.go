@@ -289,7 +289,9 @@ func Report(run Run, list []Expectation, results []Result) string {
 	fmt.Fprintf(&b, `# containerd's client suite
 
 Written by `+"`make conformance update=1`"+`; do not edit. The suite is `+"`integration/client`"+` of containerd's module,
-compiled unchanged, with our runtime and our snapshotter; it starts its containerd itself, and restarts it.
+compiled unchanged, with our runtime and our snapshotter; it starts its containerd itself, and restarts it. Tests that
+start another containerd (TestRestartMonitor, TestDaemonRuntimeRoot) ask for no runtime of ours: there our shim stands under
+runc's name, and the snapshotter is overlayfs.
 
 - commit: %s
 - date: %s

@@ -1,6 +1,7 @@
 package conformance
 
 import (
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -127,5 +128,31 @@ func TestSecondTry(t *testing.T) {
 	}
 	if report := Report(Run{}, list, merged); !strings.Contains(report, "second try, alone in a fresh guest: TestSlow.") {
 		t.Errorf("the report hides the second try:\n%s", report)
+	}
+}
+
+// TestResultsAreOfThisList: docs/conformance.md gives the reasons that the list gives now.
+func TestResultsAreOfThisList(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/conformance.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	list, err := ParseList(List)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rows := 0
+	for line := range strings.Lines(string(doc)) {
+		if strings.HasPrefix(line, "| Test") && !strings.HasPrefix(line, "| Test |") {
+			rows++
+		}
+	}
+	for _, e := range list {
+		if !strings.Contains(string(doc), "| "+e.Name+" | "+e.Reason+" |\n") {
+			t.Errorf("%s is not in docs/conformance.md with its reason: run make conformance update=1", e.Name)
+		}
+	}
+	if rows != len(list) {
+		t.Errorf("docs/conformance.md has %d reasons, the list %d: run make conformance update=1", rows, len(list))
 	}
 }

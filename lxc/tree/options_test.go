@@ -78,3 +78,23 @@ func TestKnown(t *testing.T) {
 		}
 	}
 }
+
+// FuzzParse: every option is taken once: as one the spec knows or as the file system's.
+func FuzzParse(f *testing.F) {
+	f.Add("rbind ro rslave mode=755")
+	f.Add("idmap remount tmpcopyup r rr rro shared")
+	known := Known()
+	f.Fuzz(func(t *testing.T, text string) {
+		options := strings.Fields(text)
+		o := Parse(&specs.Mount{Type: "tmpfs", Options: options})
+		var data []string
+		for _, option := range options {
+			if !slices.Contains(known, option) {
+				data = append(data, option)
+			}
+		}
+		if !slices.Equal(o.Data, data) {
+			t.Errorf("%q: the file system gets %q, want %q", options, o.Data, data)
+		}
+	})
+}

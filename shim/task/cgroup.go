@@ -31,15 +31,7 @@ func (t *taskState) watchOOM(ctx context.Context) {
 
 // lastOOM reads the counter once more, so that an OOM kill of init is told
 // before its end.
-func (t *taskState) lastOOM() {
-	m, err := cgroup2.Load(t.container.CgroupPath())
-	if err != nil {
-		return
-	}
-	if st, err := m.StatFiltered(cgroup2.StatMemoryEvents); err == nil && st.MemoryEvents != nil {
-		t.noteOOM(st.MemoryEvents.OomKill)
-	}
-}
+func (t *taskState) lastOOM() { t.noteOOM(t.container.OOMKills()) }
 
 func (t *taskState) noteOOM(kills uint64) {
 	for {

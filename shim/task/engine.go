@@ -26,6 +26,7 @@ type Container interface {
 	Update(ctx context.Context, r *specs.LinuxResources) error
 	Pids(ctx context.Context) ([]int, error)
 	CgroupPath() string
+	OOMKills() uint64
 	Delete(ctx context.Context) error
 }
 

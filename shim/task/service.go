@@ -622,6 +622,12 @@ func (s *Service) Pids(ctx context.Context, r *api.PidsRequest) (*api.PidsRespon
 		}
 	}
 	t.mu.Unlock()
+	if len(pids) == 0 {
+		// At its start containerd takes a shim without any process for one whose
+		// task was never made, and reaps it: a task that has ended and is still to
+		// be deleted would be lost. Its init stands for it.
+		pids = []int{t.container.Pid()}
+	}
 	response := &api.PidsResponse{}
 	for _, pid := range pids {
 		info := &task.ProcessInfo{Pid: uint32(pid)}
