@@ -125,8 +125,8 @@ func (n *Native) Snapshot(ctx context.Context, name string) error {
 	return n.Snapshots(ctx, []string{name}, nil)
 }
 
-// Snapshots takes all snapshots, of one pool, at one moment: all or none. The
-// properties are user properties.
+// Snapshots takes all snapshots, each of another dataset of one pool, at one
+// moment: all or none. The properties are user properties.
 func (n *Native) Snapshots(ctx context.Context, names []string, p Properties) error {
 	if len(names) == 0 {
 		return nil
@@ -364,7 +364,9 @@ func (n *Native) SetAll(ctx context.Context, name string, p Properties) error {
 		return err
 	}
 	answer, err := n.device.call(ctx, reqSetProp, &c, list, true)
-	return each("set of "+name+":", answer, failure("set of", name, err), failure)
+	return each("set", answer, failure("set of", name, err), func(op, property string, err error) error {
+		return failure(op+" "+property+" of", name, err)
+	})
 }
 
 // Inherit takes a property's own value away.

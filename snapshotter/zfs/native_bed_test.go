@@ -47,8 +47,8 @@ func TestNative(t *testing.T) {
 		"mountpoint": "legacy", "acltype": "posixacl", "xattr": "sa", "atime": "off", "readonly": "on",
 		"refquota": "67108864", "canmount": "noauto", "x:y": "a b\nc",
 	}))
-	is("legacy posix sa off on 67108864 noauto", "get", "-Hpo", "value", "mountpoint,acltype,xattr,atime,readonly,refquota,canmount", a)
-	for property, want := range map[string]string{"acltype": "posix", "xattr": "sa", "readonly": "on", "refquota": "67108864", "x:y": "a b\nc", "type": Unset} {
+	is("legacy posix off on 67108864 noauto", "get", "-Hpo", "value", "mountpoint,acltype,atime,readonly,refquota,canmount", a)
+	for property, want := range map[string]string{"acltype": "posix", "xattr": "sa", "readonly": "on", "refquota": "67108864", "x:y": "a b\nc", "x:none": Unset} {
 		if v, err := n.Property(ctx, a, property); err != nil || v != want {
 			t.Errorf("%s is %q, %v; want %q", property, v, err, want)
 		}
@@ -57,10 +57,14 @@ func TestNative(t *testing.T) {
 	must(n.Inherit(ctx, a, "x:y"))
 	is("off 0 - 1", "get", "-Hpo", "value", "readonly,refquota,x:y,x:z", a)
 
-	must(n.Snapshots(ctx, []string{a + "@1", a + "@2"}, Properties{"x:s": "t"}))
+	must(n.Create(ctx, pool+"/z", nil))
+	must(n.Snapshots(ctx, []string{a + "@1", pool + "/z@1"}, nil))
+	must(n.Snapshots(ctx, []string{a + "@2", pool + "/z@2"}, Properties{"x:s": "t"}))
+	must(n.DestroySnapshots(ctx, []string{pool + "/z@1", pool + "/z@2", pool + "/z@none"}, false))
+	is("", "list", "-Ht", "snapshot", "-o", "name", "-r", pool+"/z")
 	is(a+"@1 "+a+"@2", "list", "-Ht", "snapshot", "-o", "name", "-r", a)
 	is("t", "get", "-Ho", "value", "x:s", a+"@2")
-	if err := n.Snapshots(ctx, []string{a + "@3", a + "@1"}, nil); !errdefs.IsAlreadyExists(err) || !strings.Contains(err.Error(), a+"@1") {
+	if err := n.Snapshots(ctx, []string{pool + "/z@3", a + "@1"}, nil); !errdefs.IsAlreadyExists(err) || !strings.Contains(err.Error(), a+"@1") {
 		t.Errorf("snapshots of which one exists: %v", err)
 	}
 	is(a+"@1 "+a+"@2", "list", "-Ht", "snapshot", "-o", "name", "-r", a)
@@ -120,7 +124,7 @@ func TestNative(t *testing.T) {
 	must(n.DestroyBookmarks(ctx, []string{b + "#mark"}))
 	is("", "list", "-Ht", "bookmark", "-o", "name", "-r", b)
 
-	if names, err := n.Children(ctx, pool); err != nil || !slices.Equal(names, []string{b, c, pool + "/copy"}) {
+	if names, err := n.Children(ctx, pool); err != nil || !slices.Equal(slices.Sorted(slices.Values(names)), []string{b, c, pool + "/copy", pool + "/z"}) {
 		t.Errorf("children %v, %v", names, err)
 	}
 	if names, err := n.SnapshotsOf(ctx, b); err != nil || !slices.Equal(names, []string{b + "@2", b + "@3"}) {
@@ -133,7 +137,7 @@ func TestNative(t *testing.T) {
 			used[child] = zfs.get_prop(child, "used")
 		end
 		return used`, nvlist.List{"of": pool}, true)
-	if used, ok := answer["return"].(nvlist.List); err != nil || !ok || len(used) != 3 || used[b] == nil {
+	if used, ok := answer["return"].(nvlist.List); err != nil || !ok || len(used) != 4 || used[b] == nil {
 		t.Errorf("channel program: %v, %v", answer, err)
 	}
 	if _, err := n.ChannelProgram(ctx, pool, "this is no Lua", nil, true); err == nil || !strings.Contains(err.Error(), "syntax") {

@@ -24,7 +24,7 @@ func testPool(t *testing.T, pool string) {
 	if err := os.WriteFile(img, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Truncate(img, 128<<20); err != nil {
+	if err := os.Truncate(img, 64<<20); err != nil {
 		t.Fatal(err)
 	}
 	if out, err := exec.Command("zpool", "create", "-m", "none", pool, img).CombinedOutput(); err != nil {
