@@ -495,9 +495,11 @@ func TestCtr(t *testing.T) {
 	if pid, err := os.ReadFile(filepath.Join(dir, "pid")); err != nil || len(pid) == 0 {
 		t.Errorf("--pid-file: %q, %v", pid, err)
 	}
-	t.Run("-t", func(t *testing.T) { // ctr wants a terminal of its own: script makes one
+	t.Run("-t", func(t *testing.T) {
+		// ctr wants a terminal of its own: script makes one. It tells the size after the start.
+		const sized = `test -t 0 || exit 1; until [ "$(stty size)" != "0 0" ]; do sleep 0.1; done; stty size; exit 9`
 		out, code := command("script", "-qec",
-			"stty rows 21 cols 77; ctr run --rm -t --runtime "+ours+" --snapshotter "+zfs+" "+debian+" ctrtty sh -c 'test -t 0 && stty size; exit 9'", "/dev/null")
+			"stty rows 21 cols 77; ctr run --rm -t --runtime "+ours+" --snapshotter "+zfs+" "+debian+" ctrtty sh -c '"+sized+"'", "/dev/null")
 		if code != 9 || !strings.Contains(out, "21 77") {
 			t.Errorf("status %d, %q", code, out)
 		}
