@@ -29,11 +29,11 @@ type List map[string]any
 // Present is the value of a name that has none.
 type Present struct{}
 
-// Byte and Bytes are told from the uint8 types, which ZFS has as well.
-type (
-	Byte  byte
-	Bytes []byte
-)
+// Byte is told from uint8, which ZFS has as well.
+type Byte byte
+
+// Bytes is told from []uint8 likewise.
+type Bytes []byte
 
 // Time is a high resolution time in nanoseconds.
 type Time int64
@@ -213,7 +213,7 @@ func appendPair(b []byte, name string, value any, depth int) ([]byte, error) {
 			if strings.Contains(s, "\x00") {
 				return nil, fmt.Errorf("nvlist: a value of %s holds a NUL", name)
 			}
-			data = append(append(data, s...), 0)
+			data = append(append(data, s...), 0) //nolint:makezero // behind the pointers, which are zero
 		}
 	case List:
 		k, elements, embedded, data = kindList, 1, []List{v}, appendStruct(nil)
