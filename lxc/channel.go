@@ -20,6 +20,9 @@ import (
 type channel struct {
 	conn *net.UnixConn
 	rest []byte
+	// files came with the last bytes of rest: the kernel may put a message without
+	// any before the one that has them, and never one behind it.
+	files []*os.File
 }
 
 // message is an event with what came along with it.
@@ -64,7 +67,13 @@ func newChannel(f *os.File) (*channel, error) {
 	return &channel{conn: conn.(*net.UnixConn)}, nil
 }
 
-func (c *channel) close() error { return c.conn.Close() }
+func (c *channel) close() error {
+	for _, f := range c.files {
+		f.Close()
+	}
+	c.files = nil
+	return c.conn.Close()
+}
 
 // bound makes the context end blocking calls on the socket.
 func (c *channel) bound(ctx context.Context) (release func() bool) {
@@ -115,6 +124,9 @@ func (c *channel) receive(ctx context.Context) (_ *message, retErr error) {
 	for {
 		if line, rest, ok := bytes.Cut(c.rest, []byte("\n")); ok {
 			c.rest = rest
+			if len(rest) == 0 {
+				m.files, c.files = c.files, nil
+			}
 			if err := json.Unmarshal(line, &m.Event); err != nil {
 				return nil, fmt.Errorf("message of pve-init: %w", err)
 			}
@@ -128,6 +140,7 @@ func (c *channel) receive(ctx context.Context) (_ *message, retErr error) {
 			if err := m.ancillary(oob[:oobn]); err != nil {
 				return nil, err
 			}
+			c.files, m.files = append(c.files, m.files...), nil
 		}
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("waiting for pve-init: %w", ctx.Err())
