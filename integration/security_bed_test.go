@@ -371,7 +371,8 @@ func TestScannedExec(t *testing.T) {
 			t.Fatal(out, code, err)
 		}
 	}
-	if out, code, err := b.execIn([]string{"touch", stopScan}, nil); err != nil || code != 0 {
+	// The container ends as soon as the file is there, and may take touch with it.
+	if out, code, err := b.execIn([]string{"touch", stopScan}, nil); err != nil || code != 0 && code != 137 {
 		t.Fatal(out, code, err)
 	}
 	if code := b.wait(); code != 0 || b.out.String() != "met: true\n" {
