@@ -114,10 +114,10 @@ func TestAttributesBesideRunc(t *testing.T) {
 			s.Process.Cwd, s.Process.OOMScoreAdj = "/var/tmp", &score
 		}),
 	}
-	got, code := runWith(t, ours, "attributes-ours", spec...)
-	theirs, _ := runWith(t, "io.containerd.runc.v2", "attributes-runc", spec...)
+	got, stderr, code := run(t, options{spec: spec})
+	theirs, _, _ := run(t, options{runtime: runc, spec: spec})
 	if code != 0 || got != theirs {
-		t.Errorf("code %d, ours:\n%s\nrunc:\n%s", code, got, theirs)
+		t.Errorf("code %d, ours:\n%s%s\nrunc:\n%s", code, got, stderr, theirs)
 	}
 }
 

@@ -3,7 +3,6 @@
 package integration
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -15,9 +14,7 @@ import (
 	"time"
 	"unsafe"
 
-	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/contrib/seccomp"
-	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -44,41 +41,6 @@ func int80(number uint32) int {
 	entry := unsafe.Pointer(&page[0])
 	target := unsafe.Pointer(&entry)
 	return int(int32((*(*func() uintptr)(unsafe.Pointer(&target)))()))
-}
-
-// runWith is run for another runtime, too.
-func runWith(t *testing.T, runtime, id string, spec ...oci.SpecOpts) (string, uint32) {
-	t.Helper()
-	ctx, c := background(t), connect(t)
-	image, err := c.GetImage(ctx, debian)
-	if err != nil {
-		t.Fatal(err)
-	}
-	container, err := c.NewContainer(ctx, id, client.WithImage(image), client.WithSnapshotter(zfs), client.WithNewSnapshot(id, image),
-		client.WithNewSpec(append([]oci.SpecOpts{oci.WithImageConfig(image)}, spec...)...), client.WithRuntime(runtime, nil))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = container.Delete(ctx, client.WithSnapshotCleanup) }()
-	var out, stderr bytes.Buffer
-	task, err := container.NewTask(ctx, cio.NewCreator(cio.WithStreams(nil, &out, &stderr)))
-	if err != nil {
-		return "create: " + err.Error(), 0
-	}
-	defer func() { _, _ = task.Delete(ctx, client.WithProcessKill) }()
-	exit, err := task.Wait(ctx)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := task.Start(ctx); err != nil {
-		return "start: " + err.Error(), 0
-	}
-	st := <-exit
-	task.IO().Wait()
-	if stderr.Len() > 0 {
-		t.Logf("%s: %s", id, stderr.String())
-	}
-	return out.String(), st.ExitCode()
 }
 
 func errnoRet(n uint) *uint { return &n }
@@ -156,9 +118,9 @@ print "done\n";
 // the same as runc in every case.
 func TestSeccompRules(t *testing.T) {
 	spec := []oci.SpecOpts{oci.WithProcessArgs("perl", "-e", ask), edit(func(s *oci.Spec) { s.Linux.Seccomp = rules() })}
-	got, code := runWith(t, ours, "seccomp-ours", spec...)
+	got, stderr, code := run(t, options{spec: spec})
 	if code != 0 || !strings.HasSuffix(got, "done\n") {
-		t.Fatalf("code %d, %s", code, got)
+		t.Fatalf("code %d, %s%s", code, got, stderr)
 	}
 	t.Log(got)
 	lines(t, got,
@@ -166,7 +128,7 @@ func TestSeccompRules(t *testing.T) {
 		"eq(0 0 10) 9", "eq(0 0 4294967306) 104", "ge(4294967305 0) 9", "ge(4294967306 0) 105", "gt(4294967306 0 0) 9", "gt(4294967307 0 0) 106",
 		"masked(80 0 0) 107", "masked(95 0 0) 107", "masked(96 0 0) 9", "and(7 8 1) 108", "and(7 9 1) 9", "and(6 8 1) 9",
 		"or(1) 109", "or(2) 110", "or(3) 9", "errno() 1", "trace() 38", "log(0 0) 9", "trapped", "rmdir 31 0", "symlink 31 0", "link 31 0")
-	if theirs, _ := runWith(t, "io.containerd.runc.v2", "seccomp-runc", spec...); theirs != got {
+	if theirs, _, _ := run(t, options{runtime: runc, spec: spec}); theirs != got {
 		t.Errorf("runc:\n%s", theirs)
 	}
 }
@@ -183,20 +145,20 @@ func TestSeccompDefault(t *testing.T) {
 	spec := []oci.SpecOpts{oci.WithProcessArgs("sh", "-c", script), probe, seccomp.WithDefaultProfile(), edit(func(s *oci.Spec) {
 		s.Linux.Seccomp.DefaultErrnoRet = errnoRet(99)
 	})}
-	got, _ := runWith(t, ours, "default-ours", spec...)
+	got, _, _ := run(t, options{spec: spec})
 	// kexec_load is not in the profile; 5000 is newer than all of it; mkdir of nothing is EFAULT.
 	lines(t, got, "246 99", "5000 38", "83 14")
 	if !strings.Contains(got, "int80 ") {
 		t.Errorf("a 32-bit call, which the profile lists: %s", got)
 	}
-	one, _ := runWith(t, ours, "arch-ours", oci.WithProcessArgs("sh", "-c", "/probe int80; echo $?"), probe, edit(func(s *oci.Spec) {
+	one, _, _ := run(t, options{spec: []oci.SpecOpts{oci.WithProcessArgs("sh", "-c", "/probe int80; echo $?"), probe, edit(func(s *oci.Spec) {
 		profile(specs.ActErrno, "mkdir")(s)
 		s.Linux.Seccomp.Flags = []specs.LinuxSeccompFlag{"SECCOMP_FILTER_FLAG_TSYNC", specs.LinuxSeccompFlagLog, specs.LinuxSeccompFlagSpecAllow}
-	}))
+	})}})
 	if one != "159\n" {
 		t.Errorf("a 32-bit call, which the profile does not list: %s", one)
 	}
-	theirs, _ := runWith(t, "io.containerd.runc.v2", "default-runc", spec...)
+	theirs, _, _ := run(t, options{runtime: runc, spec: spec})
 	if first, _, _ := strings.Cut(theirs, "int80"); !strings.HasPrefix(got, first) {
 		t.Errorf("ours:\n%s\nrunc:\n%s", got, theirs)
 	}
