@@ -94,9 +94,9 @@ func makeSubjects(ctx context.Context, o options) (_ []*subject, _ func() error,
 	theirs := &subject{name: "zfs", root: root}
 	// Records and datasets have the same form, so that ours, which is quick, makes them.
 	theirs.offline = func(ctx context.Context) (snapshots.Snapshotter, error) {
-		return snapshotter.New(ctx, z, root, o.dataset+"/zfs")
+		return snapshotter.New(ctx, z, theirs.root, o.dataset+"/zfs")
 	}
-	theirs.open = func(context.Context) (snapshots.Snapshotter, error) { return containerdzfs.NewSnapshotter(root) }
+	theirs.open = func(context.Context) (snapshots.Snapshotter, error) { return containerdzfs.NewSnapshotter(theirs.root) }
 	subjects = append(subjects, theirs)
 
 	if root, err = mounted("overlayfs"); err != nil {
@@ -105,7 +105,8 @@ func makeSubjects(ctx context.Context, o options) (_ []*subject, _ func() error,
 	over := &subject{name: "overlayfs", root: root}
 	over.open = func(context.Context) (snapshots.Snapshotter, error) { return overlay.NewSnapshotter(over.root) }
 	over.offline = over.open
-	return append(subjects, over), remove, nil
+	subjects = append(subjects, over)
+	return subjects, remove, nil
 }
 
 // serve starts our daemon and connects to it.
