@@ -47,6 +47,7 @@ type snapshotter struct {
 
 	commitMu  sync.Mutex // a leftover @snapshot of a crash is told from a racing Commit's
 	cleanupMu sync.Mutex
+	cleaned   cleaned
 	closeOnce sync.Once
 	closeErr  error
 	stop      context.CancelFunc
@@ -369,6 +370,8 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 	}
 	// A clone is younger than its origin, and must go first.
 	sort.Slice(ids, func(i, j int) bool { return ids[i] > ids[j] })
+	left := int64(len(ids))
+	defer func() { s.cleaned.left.Store(left) }()
 	for _, n := range ids {
 		name := s.name(strconv.FormatUint(n, 10))
 		for _, victim := range []string{name + committed, name} {
@@ -378,6 +381,10 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 				}
 				log.G(ctx).WithError(err).WithField("dataset", victim).Warn("not destroyed yet; tried again later")
 				break
+			}
+			if victim == name {
+				s.cleaned.destroyed.Add(1)
+				left--
 			}
 		}
 	}
