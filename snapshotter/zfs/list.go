@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os/exec"
 	"slices"
 	"strconv"
@@ -39,7 +38,6 @@ type Lister interface {
 	Available(ctx context.Context, name string) (int64, error)
 	// Property is the value of a property, or Unset.
 	Property(ctx context.Context, name, property string) (string, error)
-	io.Closer
 }
 
 var (
@@ -49,15 +47,15 @@ var (
 
 // OpenLister opens the native way, or the zfs program where the module is of a
 // release whose ABI is not known here.
-func OpenLister() (Lister, error) {
+func OpenLister() (l Lister, end func() error, err error) {
 	n, err := OpenNative()
 	if errdefs.IsNotImplemented(err) {
-		return goZFS{}, nil
+		return goZFS{}, func() error { return nil }, nil
 	}
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return n, nil
+	return n, n.Close, nil
 }
 
 // own says whether a property is set on the dataset itself: received counts.
@@ -135,9 +133,6 @@ func number(property, name, value string) (int64, error) {
 	}
 	return n, nil
 }
-
-// Close has nothing to give back.
-func (goZFS) Close() error { return nil }
 
 // Available are the bytes that may still be written into a filesystem.
 func (goZFS) Available(ctx context.Context, name string) (int64, error) {
