@@ -129,8 +129,7 @@ func claim(ctx context.Context, z zfs.ZFS, dataset, store string) error {
 	case zfs.Unset:
 		return z.Set(ctx, dataset, propStore, store)
 	}
-	return fmt.Errorf("it belongs to another store (%s=%s, not %s): use its root, or another dataset: %w",
-		propStore, owner, store, errdefs.ErrFailedPrecondition)
+	return foreign(owner, store)
 }
 
 // sweep destroys what a crash left, and comes back for what was busy.
