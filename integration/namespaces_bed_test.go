@@ -24,11 +24,10 @@ var (
 	gids = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 200000, Size: 65536}}
 )
 
-// remapped is a container in a user namespace of its own, with a root that
-// containerd has chowned to it. (Of an image with hard links, as debian's,
-// containerd chowns the same file twice, and fails.)
+// remapped is a container in a user namespace of its own, with a root whose ids
+// are mapped by the mount: containerd knows from its configuration that the
+// snapshotter can (remap-ids), and copies and chowns nothing.
 func remapped(o options) options {
-	o.image = busybox
 	o.spec = append([]oci.SpecOpts{oci.WithUserNamespace(uids, gids)}, o.spec...)
 	o.snapshot = func(id string, image client.Image) client.NewContainerOpts {
 		return client.WithUserNSRemappedSnapshot(id, image, uids, gids)

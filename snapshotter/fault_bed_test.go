@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strings"
 	"testing"
@@ -46,17 +47,22 @@ func (f *faulty) Clone(ctx context.Context, snapshot, name string, p zfs.Propert
 	return f.run(func() error { return f.ZFS.Clone(ctx, snapshot, name, p) })
 }
 
-func (f *faulty) Snapshot(ctx context.Context, name string) error {
-	return f.run(func() error { return f.ZFS.Snapshot(ctx, name) })
+func (f *faulty) Snapshot(ctx context.Context, name string, p zfs.Properties) error {
+	return f.run(func() error { return f.ZFS.Snapshot(ctx, name, p) })
 }
 
 func (f *faulty) Destroy(ctx context.Context, name string) error {
 	return f.run(func() error { return f.ZFS.Destroy(ctx, name) })
 }
 
-func (f *faulty) Used(ctx context.Context, name string) (n int64, err error) {
-	err = f.run(func() error { n, err = f.ZFS.Used(ctx, name); return err })
-	return n, err
+func (f *faulty) DestroyAll(ctx context.Context, names []string) (failed map[string]error, err error) {
+	err = f.run(func() error { failed, err = f.ZFS.DestroyAll(ctx, names); return err })
+	return failed, err
+}
+
+func (f *faulty) Space(ctx context.Context, name string) (space zfs.Space, err error) {
+	err = f.run(func() error { space, err = f.ZFS.Space(ctx, name); return err })
+	return space, err
 }
 
 // life is one image's and one container's life. It goes on after an error, as
@@ -99,7 +105,7 @@ func TestFaults(t *testing.T) {
 		for at, injected := 1, true; injected; at++ {
 			name := fmt.Sprintf("call %d, after %v", at, after)
 			dataset := fmt.Sprintf("%s/%d%v", pool, at, after)
-			f := &faulty{ZFS: zfs.New()}
+			f := &faulty{ZFS: open(t, zfs.NativeOnly)}
 			s, err := New(ctx, f, t.TempDir(), dataset)
 			if err != nil {
 				t.Fatal(err)
@@ -126,7 +132,7 @@ func TestFaults(t *testing.T) {
 // agree compares what the records name with what ZFS holds.
 func agree(t *testing.T, name string, s snapshots.Snapshotter, dataset string) {
 	t.Helper()
-	names, err := zfs.New().Children(context.Background(), dataset)
+	names, err := open(t, zfs.Auto).Children(context.Background(), dataset)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -149,27 +155,27 @@ func agree(t *testing.T, name string, s snapshots.Snapshotter, dataset string) {
 func TestRestart(t *testing.T) {
 	pool := makePool(t)
 	ctx, root, dataset := context.Background(), t.TempDir(), pool+"/restart"
-	open := func() snapshots.Snapshotter {
-		s, err := New(ctx, zfs.New(), root, dataset)
+	z := open(t, zfs.Auto)
+	again := func() snapshots.Snapshotter {
+		s, err := New(ctx, z, root, dataset)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return s
 	}
-	s := open()
+	s := again()
 	if _, err := life(ctx, s); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := New(ctx, zfs.New(), root, dataset); err == nil {
+	if _, err := New(ctx, z, root, dataset); err == nil {
 		t.Error("a second daemon on the same root")
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := New(ctx, zfs.New(), filepath.Join(root, "other"), dataset); err == nil {
+	if _, err := New(ctx, z, filepath.Join(root, "other"), dataset); err == nil {
 		t.Error("a second store on the same dataset")
 	}
-	z := zfs.New()
 	for name, p := range map[string]zfs.Properties{
 		"/900":   {propID: "900", "mountpoint": "none"}, // an orphan
 		"/901":   {"mountpoint": "none"},                // somebody's, with a number
@@ -179,7 +185,7 @@ func TestRestart(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	s = open()
+	s = again()
 	defer s.Close()
 	if err := s.(snapshots.Cleaner).Cleanup(ctx); err != nil {
 		t.Fatal(err)
@@ -191,6 +197,7 @@ func TestRestart(t *testing.T) {
 	for i, n := range names {
 		names[i] = strings.TrimPrefix(n, dataset+"/")
 	}
+	slices.Sort(names)
 	if got := strings.Join(names, " "); got != "1 2 901 other" {
 		t.Errorf("datasets %s", got)
 	}

@@ -8,6 +8,7 @@
 package snapshotter
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -25,14 +26,21 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/moby/locker"
 	"golang.org/x/sys/unix"
 
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
+// The user properties of datasets.
 const (
-	propID    = "containerd-pve:id"
-	propStore = "containerd-pve:store"
+	propID    = "containerd-pve:id"    // of a snapshot's filesystem: its own last name
+	propKey   = "containerd-pve:key"   // of the same: the key of Prepare or View
+	propName  = "containerd-pve:name"  // of its @snapshot: the name of Commit
+	propStore = "containerd-pve:store" // of the parent dataset: whose it is
+	// maxProperty is the longest value that ZFS takes (ZAP_MAXVALUELEN, with its NUL).
+	maxProperty = 8191
+
 	committed = "@snapshot"
 
 	undoTimeout   = 2 * time.Minute
@@ -45,7 +53,8 @@ type snapshotter struct {
 	ms      *storage.MetaStore
 	lock    *os.File
 
-	commitMu  sync.Mutex // a leftover @snapshot of a crash is told from a racing Commit's
+	commits   *locker.Locker // by key: a leftover @snapshot of a crash is told from a racing Commit's
+	objects   objects
 	cleanupMu sync.Mutex
 	cleaned   cleaned
 	closeOnce sync.Once
@@ -96,7 +105,7 @@ func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ snapshots.Snap
 		return nil, fmt.Errorf("opening the metadata: %w", err)
 	}
 	bg, stop := context.WithCancel(context.WithoutCancel(ctx))
-	s := &snapshotter{zfs: z, dataset: dataset, ms: ms, lock: lock, stop: stop, done: make(chan struct{})}
+	s := &snapshotter{zfs: z, dataset: dataset, ms: ms, lock: lock, commits: locker.New(), stop: stop, done: make(chan struct{})}
 	go s.sweep(bg)
 	return s, nil
 }
@@ -184,22 +193,19 @@ func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 	var id string
 	var info snapshots.Info
 	var usage snapshots.Usage
+	var parents []string
 	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
-		id, info, usage, err = storage.GetInfo(ctx, key)
+		if id, info, usage, err = storage.GetInfo(ctx, key); err != nil || info.Kind == snapshots.KindCommitted {
+			return err
+		}
+		sn, err := storage.GetSnapshot(ctx, key)
+		parents = sn.ParentIDs
 		return err
 	})
 	if err != nil || info.Kind == snapshots.KindCommitted {
 		return usage, err
 	}
-	return s.used(ctx, id)
-}
-
-func (s *snapshotter) used(ctx context.Context, id string) (snapshots.Usage, error) {
-	n, err := s.zfs.Used(ctx, s.name(id))
-	if err != nil {
-		return snapshots.Usage{}, fmt.Errorf("usage of %s: %w", s.name(id), err)
-	}
-	return snapshots.Usage{Size: n}, nil
+	return s.usage(ctx, s.name(id), parents)
 }
 
 func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
@@ -217,7 +223,11 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			return nil, err
 		}
 	}
+	if err := checkMapping(info.Labels); err != nil {
+		return nil, err
+	}
 	props := zfs.Properties{"mountpoint": "legacy", "com.sun:auto-snapshot": "false"}
+	describe(props, propKey, key)
 	if kind == snapshots.KindView {
 		props["readonly"] = "on"
 	} else if v, ok := info.Labels[snapshots.LabelSnapshotMaxSize]; ok {
@@ -241,9 +251,54 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		err = s.zfs.Clone(ctx, s.name(sn.ParentIDs[0])+committed, s.name(sn.ID), props)
 	}
 	if err != nil {
-		return nil, errors.Join(fmt.Errorf("making %s for snapshot %s: %w", s.name(sn.ID), key, err), s.undoCreate(ctx, key))
+		err = fmt.Errorf("making %s for snapshot %s: %w", s.name(sn.ID), key, s.tooSmall(ctx, err, sn, props["refquota"]))
+		return nil, errors.Join(err, s.undoCreate(ctx, key))
 	}
-	return s.mounts(kind, sn.ID), nil
+	return s.mounts(kind, sn.ID, info.Labels), nil
+}
+
+// describe sets a property for those who read the datasets. One that ZFS could
+// not hold they do without.
+func describe(props zfs.Properties, name, value string) {
+	if len(value) <= maxProperty && !strings.Contains(value, "\x00") {
+		props[name] = value
+	}
+}
+
+// tooSmall says when it was the limit that failed, because the parent is beyond it:
+// ZFS calls that "out of space".
+func (s *snapshotter) tooSmall(ctx context.Context, err error, sn storage.Snapshot, limit string) error {
+	if limit == "" || len(sn.ParentIDs) == 0 || ctx.Err() != nil {
+		return err
+	}
+	space, serr := s.zfs.Space(ctx, s.name(sn.ParentIDs[0])+committed)
+	if n, perr := strconv.ParseInt(limit, 10, 64); serr != nil || perr != nil || space.Referenced <= n {
+		return err
+	}
+	return fmt.Errorf("label %s: %s bytes are less than the %d that the parent holds: %w", snapshots.LabelSnapshotMaxSize, limit, space.Referenced, errdefs.ErrInvalidArgument)
+}
+
+// checkMapping looks at the labels for mapped ids (capability remap-ids), which
+// are those of containerd's client: "container:host:size", with commas between.
+func checkMapping(labels map[string]string) error {
+	uid, gid := labels[snapshots.LabelSnapshotUIDMapping], labels[snapshots.LabelSnapshotGIDMapping]
+	if uid == "" && gid == "" {
+		return nil
+	}
+	for label, value := range map[string]string{snapshots.LabelSnapshotUIDMapping: uid, snapshots.LabelSnapshotGIDMapping: gid} {
+		for m := range strings.SplitSeq(value, ",") {
+			fields := strings.Split(m, ":")
+			bad := len(fields) != 3
+			for _, f := range fields {
+				_, err := strconv.ParseUint(f, 10, 32)
+				bad = bad || err != nil
+			}
+			if bad {
+				return fmt.Errorf("label %s: %q is not container:host:size: %w", label, value, errdefs.ErrInvalidArgument)
+			}
+		}
+	}
+	return nil
 }
 
 // undoCreate drops the record of a dataset that could not be made. If zfs was
@@ -255,10 +310,14 @@ func (s *snapshotter) undoCreate(ctx context.Context, key string) error {
 	})
 }
 
-func (s *snapshotter) mounts(kind snapshots.Kind, id string) []mount.Mount {
+func (s *snapshotter) mounts(kind snapshots.Kind, id string, labels map[string]string) []mount.Mount {
 	m := mount.Mount{Type: "zfs", Source: s.name(id)}
 	if kind == snapshots.KindView {
-		m.Options = []string{"ro"}
+		m.Options = append(m.Options, "ro")
+	}
+	if uid, gid := labels[snapshots.LabelSnapshotUIDMapping], labels[snapshots.LabelSnapshotGIDMapping]; uid != "" && gid != "" {
+		// Whoever mounts maps the ids of the mount: nothing is copied.
+		m.Options = append(m.Options, "uidmap="+uid, "gidmap="+gid)
 	}
 	return []mount.Mount{m}
 }
@@ -266,18 +325,21 @@ func (s *snapshotter) mounts(kind snapshots.Kind, id string) []mount.Mount {
 func (s *snapshotter) Mounts(ctx context.Context, key string) (m []mount.Mount, err error) {
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		sn, err := storage.GetSnapshot(ctx, key)
-		if err == nil {
-			m = s.mounts(sn.Kind, sn.ID)
+		if err != nil {
+			return err
 		}
+		_, info, _, err := storage.GetInfo(ctx, key)
+		m = s.mounts(sn.Kind, sn.ID, info.Labels)
 		return err
 	})
 	return m, err
 }
 
 func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
-	s.commitMu.Lock()
-	defer s.commitMu.Unlock()
+	s.commits.Lock(key)
+	defer func() { _ = s.commits.Unlock(key) }()
 	var id string
+	var parents []string
 	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		if _, _, _, err := storage.GetInfo(ctx, name); err == nil {
 			return fmt.Errorf("snapshot %s: %w", name, errdefs.ErrAlreadyExists)
@@ -291,24 +353,26 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		if info.Kind != snapshots.KindActive {
 			return fmt.Errorf("snapshot %s is not active: %w", key, errdefs.ErrFailedPrecondition)
 		}
-		id = i
-		return nil
+		sn, err := storage.GetSnapshot(ctx, key)
+		id, parents = i, sn.ParentIDs
+		return err
 	})
 	if err != nil {
 		return fmt.Errorf("committing %s: %w", key, err)
 	}
-	snap := s.name(id) + committed
-	err = s.zfs.Snapshot(ctx, snap)
+	snap, props := s.name(id)+committed, zfs.Properties{}
+	describe(props, propName, name)
+	err = s.zfs.Snapshot(ctx, snap, props)
 	if errdefs.IsAlreadyExists(err) {
 		// The record is active, so a crash came between snapshot and record.
 		if err = s.zfs.Destroy(ctx, snap); err == nil {
-			err = s.zfs.Snapshot(ctx, snap)
+			err = s.zfs.Snapshot(ctx, snap, props)
 		}
 	}
 	if err != nil {
 		return fmt.Errorf("committing %s: %w", key, err)
 	}
-	usage, err := s.used(ctx, id)
+	usage, err := s.usage(ctx, snap, parents)
 	if err == nil {
 		err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
 			_, err := storage.CommitActive(ctx, key, name, usage, opts...)
@@ -369,23 +433,25 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 	}
 	// A clone is younger than its origin, and must go first.
 	sort.Slice(ids, func(i, j int) bool { return ids[i] > ids[j] })
-	left := int64(len(ids))
-	defer func() { s.cleaned.left.Store(left) }()
+	victims := make([]string, 0, 2*len(ids))
+	for _, n := range ids {
+		id := strconv.FormatUint(n, 10)
+		victims = append(victims, s.name(id)+committed, s.name(id))
+		s.objects.forget(id)
+	}
+	failed, err := s.zfs.DestroyAll(ctx, victims)
+	left := 0
 	for _, n := range ids {
 		name := s.name(strconv.FormatUint(n, 10))
-		for _, victim := range []string{name + committed, name} {
-			if err := s.zfs.Destroy(ctx, victim); err != nil && !errdefs.IsNotFound(err) {
-				if ctx.Err() != nil || errdefs.IsUnavailable(err) {
-					return fmt.Errorf("destroying %s: %w", victim, err)
-				}
-				log.G(ctx).WithError(err).WithField("dataset", victim).Warn("not destroyed yet; tried again later")
-				break
-			}
-			if victim == name {
-				s.cleaned.destroyed.Add(1)
-				left--
-			}
+		// Of the two the snapshot says more: the filesystem stays because of it.
+		if err := cmp.Or(failed[name+committed], failed[name]); err != nil {
+			log.G(ctx).WithError(err).WithField("dataset", name).Warn("not destroyed yet; tried again later")
+			left++
 		}
+	}
+	s.cleaned.count(len(ids), left, err)
+	if err != nil {
+		return fmt.Errorf("destroying what no record names: %w", err)
 	}
 	return nil
 }

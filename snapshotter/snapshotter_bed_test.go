@@ -43,16 +43,32 @@ func makePool(t *testing.T) string {
 	return pool
 }
 
+// open opens a way to ZFS for a test.
+func open(t *testing.T, way string) zfs.ZFS {
+	t.Helper()
+	z, err := zfs.New(context.Background(), way)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { z.Close() })
+	return z
+}
+
+// TestSuite is containerd's own suite for snapshotters, by both ways to ZFS.
 func TestSuite(t *testing.T) {
 	if err := flag.Set("test.root", "true"); err != nil { // defined by testutil: "yes, mount"
 		t.Fatal(err)
 	}
-	pool := makePool(t)
-	testsuite.SnapshotterSuite(t, "pve-zfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
-		s, err := New(ctx, zfs.New(), root, pool+"/"+filepath.Base(filepath.Dir(root))+filepath.Base(root))
-		if err != nil {
-			return nil, nil, err
-		}
-		return s, s.Close, nil
-	})
+	for _, way := range []string{zfs.NativeOnly, zfs.GoZFS} {
+		t.Run(way, func(t *testing.T) {
+			pool, z := makePool(t), open(t, way)
+			testsuite.SnapshotterSuite(t, "pve-zfs", func(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
+				s, err := New(ctx, z, root, pool+"/"+filepath.Base(filepath.Dir(root))+filepath.Base(root))
+				if err != nil {
+					return nil, nil, err
+				}
+				return s, s.Close, nil
+			})
+		})
+	}
 }

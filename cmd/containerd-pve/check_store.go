@@ -33,7 +33,7 @@ type storeHost struct {
 	ready   func(dataset string) error
 	module  func() (version string, err error)
 	pool    func(ctx context.Context, dataset string) (zfs.Pool, error)
-	lister  func() (l zfs.Lister, end func() error, err error)
+	lister  func(way string) (zfs.Lister, error)
 	belongs func(ctx context.Context, l zfs.Lister, root, dataset string) error
 	serving func(ctx context.Context, address string) error
 }
@@ -64,7 +64,10 @@ func (h storeHost) checkZFS(ctx context.Context, conf config) []finding {
 		return []finding{result("zfs module", "", err)}
 	}
 	list := []finding{result("zfs module", version, merr)}
-	if errdefs.IsNotImplemented(merr) {
+	switch {
+	case conf.ZFS == zfs.GoZFS:
+		list[0] = result("zfs module", version+`, by go-zfs, as the configuration says`, nil)
+	case conf.ZFS == zfs.Auto && errdefs.IsNotImplemented(merr):
 		list[0] = warning("zfs module", version+" is of a release that was not tried: go-zfs serves, with a zfs process for each call")
 	}
 	if err != nil {
@@ -81,11 +84,11 @@ func (h storeHost) checkZFS(ctx context.Context, conf config) []finding {
 	if p.Health == zfs.HealthSuspended {
 		return list // whoever asked for a dataset now would have to wait
 	}
-	l, end, err := h.lister()
+	l, err := h.lister(conf.ZFS)
 	if err != nil {
 		return append(list, result("dataset", "", err))
 	}
-	defer end()
+	defer l.Close()
 	return append(list, h.checkDataset(ctx, conf, l, p)...)
 }
 
@@ -127,12 +130,11 @@ func (h storeHost) checkDataset(ctx context.Context, conf config, l zfs.Lister, 
 			err = fmt.Errorf("%s, above %s, does not exist: run `zfs create -p %s`, or set another dataset", name, conf.Dataset, name)
 		}
 	}
-	if err != nil {
-		return []finding{result("dataset", "", err)}
-	}
-	list := []finding{result("dataset", detail, nil)}
+	list := []finding{result("dataset", detail, err)}
 	free, err := l.Available(ctx, name)
 	switch {
+	case errdefs.IsNotFound(err):
+		return list // the finding before says so
 	case err != nil:
 		return append(list, result("space", "", err))
 	case free < leastFree:

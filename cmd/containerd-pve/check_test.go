@@ -34,6 +34,8 @@ func (f fakeLister) Property(context.Context, string, string) (string, error) {
 	return zfs.Unset, nil
 }
 
+func (f fakeLister) Close() error { return nil }
+
 // TestCheckStore: each state of the store, and the way out of it.
 func TestCheckStore(t *testing.T) {
 	conf := config{Dataset: "tank/a/c"}
@@ -45,6 +47,7 @@ func TestCheckStore(t *testing.T) {
 		ready, module, belongs, serving error
 		pool                            zfs.Pool
 		datasets                        fakeLister
+		way                             string
 	}
 	online := zfs.Pool{Name: "tank", Health: "ONLINE", Capacity: 40}
 	var got bytes.Buffer
@@ -60,6 +63,10 @@ func TestCheckStore(t *testing.T) {
 		{"another release", func(s *state) {
 			s.module = kind(`the ABI of ZFS module "2.3.9-1" is not known here`, errdefs.ErrNotImplemented)
 		}},
+		{"another release, and nothing else is allowed", func(s *state) {
+			s.way, s.module = zfs.NativeOnly, kind(`the ABI of ZFS module "2.3.9-1" is not known here`, errdefs.ErrNotImplemented)
+		}},
+		{"go-zfs is wanted", func(s *state) { s.way = zfs.GoZFS }},
 		{"suspended", func(s *state) { s.pool = zfs.Pool{Name: "tank", Health: "SUSPENDED"} }},
 		{"faulted", func(s *state) { s.pool.Health = "FAULTED" }},
 		{"degraded", func(s *state) { s.pool.Health = "DEGRADED" }},
@@ -77,13 +84,15 @@ func TestCheckStore(t *testing.T) {
 		{"no daemon", func(s *state) { s.serving = errdefs.ErrUnavailable }},
 		{"a stuck daemon", func(s *state) { s.serving = context.DeadlineExceeded }},
 	} {
-		s := state{pool: online, datasets: fakeLister{"tank/a": 2 << 30, "tank/a/c": 1 << 30}}
+		s := state{way: zfs.Auto, pool: online, datasets: fakeLister{"tank/a": 2 << 30, "tank/a/c": 1 << 30}}
 		c.change(&s)
+		conf := conf
+		conf.ZFS = s.way
 		h := storeHost{
 			ready:   func(string) error { return s.ready },
 			module:  func() (string, error) { return "2.3.9-1", s.module },
 			pool:    func(context.Context, string) (zfs.Pool, error) { return s.pool, nil },
-			lister:  func() (zfs.Lister, func() error, error) { return s.datasets, func() error { return nil }, nil },
+			lister:  func(string) (zfs.Lister, error) { return s.datasets, nil },
 			belongs: func(context.Context, zfs.Lister, string, string) error { return s.belongs },
 			serving: func(context.Context, string) error { return s.serving },
 		}

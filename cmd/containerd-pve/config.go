@@ -10,6 +10,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/pelletier/go-toml/v2"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
 const (
@@ -26,6 +28,8 @@ type config struct {
 	Root string `toml:"root"`
 	// Address is the unix socket.
 	Address string `toml:"address"`
+	// ZFS is the way to ZFS: auto, native or go-zfs.
+	ZFS string `toml:"zfs"`
 	// LogLevel is one of trace, debug, info, warn, error.
 	LogLevel string `toml:"log_level"`
 	// LogFormat is text or json.
@@ -63,7 +67,7 @@ func parseConfig(data []byte) (config, error) {
 		for _, e := range strict.Errors {
 			keys = append(keys, strings.Join(e.Key(), "."))
 		}
-		return c, fmt.Errorf("unknown key %s (known: dataset, root, address, log_level, log_format, metrics_address): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+		return c, fmt.Errorf("unknown key %s (known: dataset, root, address, zfs, log_level, log_format, metrics_address): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 	}
 	if err != nil {
 		return c, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
@@ -78,6 +82,9 @@ func (c *config) complete() error {
 	}
 	if c.Address == "" {
 		c.Address = defaultAddress
+	}
+	if c.ZFS == "" {
+		c.ZFS = zfs.Auto
 	}
 	if c.LogLevel == "" {
 		c.LogLevel = "info"

@@ -42,7 +42,7 @@ func serveCommand() *cobra.Command {
 			}
 			for _, f := range []struct{ to, from *string }{
 				{&conf.Dataset, &flags.Dataset}, {&conf.Root, &flags.Root},
-				{&conf.Address, &flags.Address}, {&conf.LogLevel, &flags.LogLevel},
+				{&conf.Address, &flags.Address}, {&conf.LogLevel, &flags.LogLevel}, {&conf.ZFS, &flags.ZFS},
 				{&conf.LogFormat, &flags.LogFormat}, {&conf.MetricsAddress, &flags.MetricsAddress},
 			} {
 				if *f.from != "" {
@@ -65,6 +65,7 @@ func serveCommand() *cobra.Command {
 	c.Flags().StringVar(&flags.Dataset, "dataset", "", "parent `dataset`, made if missing")
 	c.Flags().StringVar(&flags.Root, "root", "", "`directory` of the metadata (default "+defaultRoot+")")
 	c.Flags().StringVar(&flags.Address, "address", "", "unix `socket` (default "+defaultAddress+")")
+	c.Flags().StringVar(&flags.ZFS, "zfs", "", "`way` to ZFS: auto, native or go-zfs (default auto)")
 	c.Flags().StringVar(&flags.LogLevel, "log-level", "", "trace, debug, info, warn or error (default info)")
 	c.Flags().StringVar(&flags.LogFormat, "log-format", "", "text or json (default text)")
 	c.Flags().StringVar(&flags.MetricsAddress, "metrics-address", "", "where Prometheus finds /metrics: `HOST:PORT` or the path of a socket (default none)")
@@ -75,7 +76,11 @@ func serve(ctx context.Context, conf config) (err error) {
 	if err := zfs.Ready(conf.Dataset); err != nil {
 		return err
 	}
-	z := zfs.New()
+	z, err := zfs.New(ctx, conf.ZFS)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, z.Close()) }()
 	s, err := snapshotter.New(ctx, z, conf.Root, conf.Dataset)
 	if err != nil {
 		return err

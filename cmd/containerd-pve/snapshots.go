@@ -71,7 +71,7 @@ func snapshotsCommand() *cobra.Command {
 		if err := conf.complete(); err != nil {
 			return err
 		}
-		list, err := listSnapshots(c.Context(), conf.Dataset)
+		list, err := listSnapshots(c.Context(), conf.ZFS, conf.Dataset)
 		if err != nil {
 			return err
 		}
@@ -105,15 +105,15 @@ func snapshotsCommand() *cobra.Command {
 }
 
 // listSnapshots asks ZFS.
-func listSnapshots(ctx context.Context, dataset string) ([]snapshot, error) {
+func listSnapshots(ctx context.Context, way, dataset string) ([]snapshot, error) {
 	if err := zfs.Ready(dataset); err != nil {
 		return nil, err
 	}
-	z, end, err := zfs.OpenLister()
+	z, err := zfs.OpenLister(way)
 	if err != nil {
 		return nil, err
 	}
-	defer end()
+	defer z.Close()
 	entries, err := z.Contents(ctx, dataset, []string{propID, propKey, propName, "readonly"})
 	if errdefs.IsNotFound(err) {
 		return nil, fmt.Errorf("dataset %s does not exist: `containerd-pve serve` makes it: %w", dataset, err)

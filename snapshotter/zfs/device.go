@@ -33,6 +33,7 @@ const (
 	reqPromote          request = 0x5a22
 	reqSnapshot         request = 0x5a23
 	reqInheritProp      request = 0x5a2b
+	reqUserspaceMany    request = 0x5a2e
 	reqHold             request = 0x5a30
 	reqRelease          request = 0x5a31
 	reqGetHolds         request = 0x5a32
@@ -60,6 +61,7 @@ const (
 	offValue     = 4144 // char[8192]
 	offString    = 12336
 	offCookie    = 12616
+	offObjsType  = 12624
 	offStats     = 12704 // dmu_objset_stats_t
 	offSimple    = 13668
 

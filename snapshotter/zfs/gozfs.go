@@ -83,13 +83,22 @@ func (goZFS) Clone(ctx context.Context, snapshot, name string, p Properties) err
 	return explain(ctx, err, name, snapshot, path.Dir(name))
 }
 
-func (goZFS) Snapshot(ctx context.Context, name string) error {
+func (z goZFS) Snapshot(ctx context.Context, name string, p Properties) error {
 	dataset, snapshot, _ := strings.Cut(name, "@")
 	err := do(ctx, "snapshot", name, func() error {
 		_, err := (&zfs.Dataset{Name: dataset}).Snapshot(snapshot, false)
 		return err
 	})
-	return explain(ctx, err, name, dataset, dataset)
+	if err != nil {
+		return explain(ctx, err, name, dataset, dataset)
+	}
+	// go-zfs takes none along. A snapshot without them is one all the same.
+	for property, value := range p {
+		if err := z.Set(ctx, name, property, value); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // explain gives a failed creation of name out of origin its kind, by looking at
@@ -139,6 +148,10 @@ func (goZFS) Destroy(ctx context.Context, name string) error {
 	return fmt.Errorf("%w: in use: %w", err, errdefs.ErrFailedPrecondition)
 }
 
+func (z goZFS) DestroyAll(ctx context.Context, names []string) (map[string]error, error) {
+	return destroyEach(ctx, z, names)
+}
+
 func (goZFS) Property(ctx context.Context, name, property string) (string, error) {
 	v, err := call(ctx, "get "+property+" of", name, func() (string, error) {
 		return (&zfs.Dataset{Name: name}).GetProperty(property)
@@ -163,12 +176,16 @@ func missing(ctx context.Context, err error, name string) error {
 	return err
 }
 
-func (goZFS) Used(ctx context.Context, name string) (int64, error) {
+func (goZFS) Space(ctx context.Context, name string) (Space, error) {
 	d, err := get(ctx, name)
 	if err != nil {
-		return 0, err
+		return Space{}, err
 	}
-	return int64(d.Used), nil
+	return Space{Used: int64(d.Used), Referenced: int64(d.Referenced)}, nil
+}
+
+func (goZFS) Objects(_ context.Context, name string) (int64, error) {
+	return 0, fmt.Errorf("files in %s: go-zfs does not count them: %w", name, errdefs.ErrNotImplemented)
 }
 
 func (goZFS) Children(ctx context.Context, parent string) ([]string, error) {
@@ -186,3 +203,5 @@ func (goZFS) Children(ctx context.Context, parent string) ([]string, error) {
 	}
 	return names, nil
 }
+
+func (goZFS) Close() error { return nil }

@@ -38,6 +38,8 @@ type Lister interface {
 	Available(ctx context.Context, name string) (int64, error)
 	// Property is the value of a property, or Unset.
 	Property(ctx context.Context, name, property string) (string, error)
+	// Close gives back what the others use.
+	Close() error
 }
 
 var (
@@ -45,17 +47,19 @@ var (
 	_ Lister = goZFS{}
 )
 
-// OpenLister opens the native way, or the zfs program where the module is of a
-// release whose ABI is not known here.
-func OpenLister() (l Lister, end func() error, err error) {
+// OpenLister opens a way to ZFS as New does, and logs nothing.
+func OpenLister(way string) (Lister, error) {
+	if way == GoZFS {
+		return goZFS{}, nil
+	}
 	n, err := OpenNative()
-	if errdefs.IsNotImplemented(err) {
-		return goZFS{}, func() error { return nil }, nil
+	if err == nil {
+		return n, nil
 	}
-	if err != nil {
-		return nil, nil, err
+	if way == Auto && errdefs.IsNotImplemented(err) {
+		return goZFS{}, nil
 	}
-	return n, n.Close, nil
+	return nil, err
 }
 
 // own says whether a property is set on the dataset itself: received counts.

@@ -120,9 +120,9 @@ func each(op string, answer nvlist.List, err error, wrap func(op, name string, e
 	return errors.Join(all...)
 }
 
-// Snapshot takes dataset@snapshot.
-func (n *Native) Snapshot(ctx context.Context, name string) error {
-	return n.Snapshots(ctx, []string{name}, nil)
+// Snapshot takes dataset@snapshot, with user properties.
+func (n *Native) Snapshot(ctx context.Context, name string, p Properties) error {
+	return n.Snapshots(ctx, []string{name}, p)
 }
 
 // Snapshots takes all snapshots, each of another dataset of one pool, at one
@@ -335,17 +335,18 @@ func (n *Native) Property(ctx context.Context, name, property string) (string, e
 	return d.Property(property), nil
 }
 
-// Used are the bytes that the filesystem and its snapshots alone take.
-func (n *Native) Used(ctx context.Context, name string) (int64, error) {
+// Space is what a filesystem or snapshot takes.
+func (n *Native) Space(ctx context.Context, name string) (Space, error) {
 	d, err := n.Stat(ctx, name)
 	if err != nil {
-		return 0, err
+		return Space{}, err
 	}
-	used, err := strconv.ParseInt(d.Property("used"), 10, 64)
-	if err != nil {
-		return 0, fmt.Errorf("used of %s: %w: %w", name, err, errdefs.ErrInternal)
+	used, uerr := strconv.ParseInt(d.Property("used"), 10, 64)
+	referenced, rerr := strconv.ParseInt(d.Property("referenced"), 10, 64)
+	if err := errors.Join(uerr, rerr); err != nil {
+		return Space{}, fmt.Errorf("space of %s: %w: %w", name, err, errdefs.ErrInternal)
 	}
-	return used, nil
+	return Space{Used: used, Referenced: referenced}, nil
 }
 
 // Set sets a property.

@@ -4,6 +4,7 @@ package zfs
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"slices"
@@ -95,7 +96,7 @@ func TestNative(t *testing.T) {
 		t.Errorf("destroy of what is gone: %v", err)
 	}
 
-	must(n.Snapshot(ctx, b+"@3"))
+	must(n.Snapshot(ctx, b+"@3", nil))
 	if err := n.Rollback(ctx, b+"@2"); ReasonOf(err) != HasDependents {
 		t.Errorf("rollback past a snapshot: %v", err)
 	}
@@ -127,7 +128,7 @@ func TestNative(t *testing.T) {
 	if names, err := n.Children(ctx, pool); err != nil || !slices.Equal(slices.Sorted(slices.Values(names)), []string{b, c, pool + "/copy", pool + "/z"}) {
 		t.Errorf("children %v, %v", names, err)
 	}
-	if names, err := n.SnapshotsOf(ctx, b); err != nil || !slices.Equal(names, []string{b + "@2", b + "@3"}) {
+	if names, err := n.SnapshotsOf(ctx, b); err != nil || !slices.Equal(slices.Sorted(slices.Values(names)), []string{b + "@2", b + "@3"}) {
 		t.Errorf("snapshots %v, %v", names, err)
 	}
 	answer, err := n.ChannelProgram(ctx, pool, `
@@ -155,9 +156,9 @@ func TestNative(t *testing.T) {
 		f     func() error
 	}{
 		{"create", 1, func() error { return n.Create(ctx, pool+"/n", nil) }},
-		{"snapshot", 1, func() error { return n.Snapshot(ctx, pool+"/n@s") }},
+		{"snapshot", 1, func() error { return n.Snapshot(ctx, pool+"/n@s", nil) }},
 		{"clone", 1, func() error { return n.Clone(ctx, pool+"/n@s", pool+"/m", nil) }},
-		{"used", 1, func() error { _, err := n.Used(ctx, pool+"/m"); return err }},
+		{"space", 1, func() error { _, err := n.Space(ctx, pool+"/m"); return err }},
 		{"set", 1, func() error { return n.Set(ctx, pool+"/m", "a:b", "c") }},
 		{"destroy", 1, func() error { return n.Destroy(ctx, pool+"/m") }},
 	} {
@@ -166,5 +167,124 @@ func TestNative(t *testing.T) {
 		if made := n.Calls() - before; made != budget.calls {
 			t.Errorf("%s made %d ioctls, want %d", budget.what, made, budget.calls)
 		}
+	}
+}
+
+// TestDestroyAll: in order, at once, and what is in the way of one stops no other.
+func TestDestroyAll(t *testing.T) {
+	const pool = "zfsdestroy"
+	testPool(t, pool)
+	n := openNative(t)
+	for _, z := range []ZFS{n, goZFS{}} {
+		ctx := context.Background()
+		must := func(err error) {
+			t.Helper()
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		name := func(i int) string { return fmt.Sprintf("%s/%d", pool, i) }
+		must(z.Create(ctx, name(0), Properties{"mountpoint": "legacy"}))
+		for i := range 4 {
+			must(z.Snapshot(ctx, name(i)+"@s", Properties{"a:b": "c d"}))
+			must(z.Clone(ctx, name(i)+"@s", name(i+1), nil))
+		}
+		if v, err := z.Property(ctx, name(3)+"@s", "a:b"); err != nil || v != "c d" {
+			t.Errorf("property of the snapshot %q, %v", v, err)
+		}
+		must(z.Create(ctx, name(7), Properties{"mountpoint": "legacy"}))
+		dir := t.TempDir()
+		if out, err := exec.Command("mount", "-t", "zfs", name(7), dir).CombinedOutput(); err != nil {
+			t.Fatalf("mount: %v: %s", err, out)
+		}
+		busy, err := os.Create(dir + "/open")
+		must(err)
+		must(z.Snapshot(ctx, name(4)+"@held", nil))
+		must(n.Hold(ctx, map[string]string{name(4) + "@held": "tag"}))
+
+		// Of the chain the last is held, so that nothing goes, and the mounted one is
+		// in use; the others do not mind.
+		must(z.Create(ctx, name(8), nil))
+		before := n.Calls()
+		names := []string{name(9), name(8), name(7), name(4) + "@held", name(4), name(3) + "@s", name(3)}
+		failed, err := z.DestroyAll(ctx, names)
+		must(err)
+		var got []string
+		for name, err := range failed {
+			if !errdefs.IsFailedPrecondition(err) {
+				t.Errorf("%s: %v", name, err)
+			}
+			got = append(got, strings.TrimPrefix(name, pool+"/"))
+		}
+		slices.Sort(got)
+		if want := []string{"3", "3@s", "4", "4@held", "7"}; !slices.Equal(got, want) {
+			t.Errorf("failed %q, want %q", got, want)
+		}
+		if z == ZFS(n) {
+			// The program, and then for each that it left one call or two, and why.
+			t.Logf("%d ioctls", n.Calls()-before)
+		}
+		busy.Close()
+		if out, err := exec.Command("umount", dir).CombinedOutput(); err != nil {
+			t.Fatalf("umount: %v: %s", err, out)
+		}
+		must(n.Release(ctx, map[string]string{name(4) + "@held": "tag"}))
+
+		names = []string{name(7), name(4) + "@held", name(4) + "@s", name(4), name(3) + "@s", name(3), name(2) + "@s", name(2), name(1) + "@s", name(1), name(0) + "@s", name(0)}
+		before = n.Calls()
+		failed, err = z.DestroyAll(ctx, names)
+		must(err)
+		if len(failed) > 0 {
+			t.Errorf("failed %v", failed)
+		}
+		if calls := n.Calls() - before; z == ZFS(n) && calls != 1 {
+			t.Errorf("%d ioctls, want 1", calls)
+		}
+		if left, err := z.Children(ctx, pool); err != nil || len(left) > 0 {
+			t.Errorf("left %q, %v", left, err)
+		}
+	}
+}
+
+// TestObjects counts files of several owners.
+func TestObjects(t *testing.T) {
+	const pool = "zfsobjects"
+	testPool(t, pool)
+	n, ctx := openNative(t), context.Background()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(n.Create(ctx, pool+"/a", Properties{"mountpoint": "legacy"}))
+	must(n.Snapshot(ctx, pool+"/a@empty", nil))
+	dir := t.TempDir()
+	if out, err := exec.Command("mount", "-t", "zfs", pool+"/a", dir).CombinedOutput(); err != nil {
+		t.Fatalf("mount: %v: %s", err, out)
+	}
+	t.Cleanup(func() { _ = exec.Command("umount", dir).Run() })
+	const owners = 300 // more than one call brings
+	for i := range owners {
+		file := fmt.Sprintf("%s/%d", dir, i)
+		must(os.WriteFile(file, nil, 0o600))
+		must(os.Chown(file, i, i))
+	}
+	must(os.Mkdir(dir+"/dir", 0o700))
+	must(n.Snapshot(ctx, pool+"/a@full", nil))
+	empty, err := n.Objects(ctx, pool+"/a@empty")
+	must(err)
+	full, err := n.Objects(ctx, pool+"/a@full")
+	must(err)
+	mounted, err := n.Objects(ctx, pool+"/a")
+	must(err)
+	if full-empty != owners+1 || mounted != full {
+		t.Errorf("%d, then %d, mounted %d", empty, full, mounted)
+	}
+	if _, err := n.Objects(ctx, pool+"/none"); !errdefs.IsNotFound(err) {
+		t.Errorf("of none: %v", err)
+	}
+	if _, err := (goZFS{}).Objects(ctx, pool+"/a"); !errdefs.IsNotImplemented(err) {
+		t.Errorf("by go-zfs: %v", err)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 )
 
 // Properties are a dataset's, as `zfs set` takes them.
@@ -18,26 +19,71 @@ type Properties map[string]string
 // Unset is the value of a user property that a dataset does not have.
 const Unset = "-"
 
+// Space is what a filesystem or snapshot takes, in bytes.
+type Space struct {
+	Used       int64 // by it and its snapshots alone, not shared with its origin
+	Referenced int64 // by all that can be read in it
+}
+
 // ZFS is what the snapshotter needs. Errors are errdefs kinds: AlreadyExists,
-// NotFound, FailedPrecondition (busy, or something depends on it),
-// ResourceExhausted (no space), Unavailable (no module, pool not imported).
+// NotFound, FailedPrecondition (busy, read-only, or something depends on it),
+// ResourceExhausted (no space, quota), Unavailable (no module, pool not
+// imported or suspended).
 type ZFS interface {
 	// Create makes a filesystem; its parent exists.
 	Create(ctx context.Context, name string, props Properties) error
 	// Clone makes a filesystem of a snapshot.
 	Clone(ctx context.Context, snapshot, name string, props Properties) error
-	// Snapshot takes dataset@snapshot.
-	Snapshot(ctx context.Context, name string) error
+	// Snapshot takes dataset@snapshot, with user properties.
+	Snapshot(ctx context.Context, name string, props Properties) error
 	// Destroy removes exactly one filesystem or snapshot, never what depends on it.
 	Destroy(ctx context.Context, name string) error
+	// DestroyAll removes filesystems and snapshots of one pool in their order, with
+	// as few waits for the pool as there is a way for. What is in the way of one
+	// does not stop the others: failed has an error for each that is still there,
+	// and none for what was not there. err ends it: no more can be tried now.
+	DestroyAll(ctx context.Context, names []string) (failed map[string]error, err error)
 	// Property is the value of a user property, or Unset.
 	Property(ctx context.Context, name, property string) (string, error)
-	// Used are the bytes that the filesystem and its snapshots alone take.
-	Used(ctx context.Context, name string) (int64, error)
-	// Children are the names of the filesystems directly below parent.
-	Children(ctx context.Context, parent string) ([]string, error)
 	// Set sets a user property.
 	Set(ctx context.Context, name, property, value string) error
+	// Space is what a filesystem or snapshot takes.
+	Space(ctx context.Context, name string) (Space, error)
+	// Objects are the files and directories of a snapshot, or of a filesystem that
+	// is mounted: one that is not could not be mounted meanwhile. NotImplemented:
+	// there is no way to know.
+	Objects(ctx context.Context, name string) (int64, error)
+	// Children are the names of the filesystems directly below parent, in no order.
+	Children(ctx context.Context, parent string) ([]string, error)
+	// Close gives back what the others use.
+	Close() error
+}
+
+// The ways to ZFS.
+const (
+	Auto       = "auto"   // native, and go-zfs where the module is not known
+	NativeOnly = "native" // nothing else
+	GoZFS      = "go-zfs" // a zfs process for each call
+)
+
+// New opens a way to ZFS. With Auto, why it is not the native one is logged.
+// Errors: InvalidArgument for another word; with NativeOnly those of OpenNative.
+func New(ctx context.Context, way string) (ZFS, error) {
+	switch way {
+	case Auto, NativeOnly:
+		n, err := OpenNative()
+		if err == nil {
+			return n, nil
+		}
+		if way == NativeOnly {
+			return nil, err
+		}
+		log.G(ctx).WithError(err).Warn("ZFS is not used natively: a zfs process serves each call")
+		return goZFS{}, nil
+	case GoZFS:
+		return goZFS{}, nil
+	}
+	return nil, fmt.Errorf("%q is no way to ZFS (known: %s, %s, %s): %w", way, Auto, NativeOnly, GoZFS, errdefs.ErrInvalidArgument)
 }
 
 // Ready says whether the kernel has ZFS and the pool of name is imported.
@@ -53,6 +99,3 @@ func Ready(name string) error {
 	}
 	return nil
 }
-
-// New returns the implementation that serves.
-func New() ZFS { return goZFS{} }

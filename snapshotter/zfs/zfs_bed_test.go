@@ -6,10 +6,13 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -72,12 +75,12 @@ func testErrors(t *testing.T, z ZFS, pool string) {
 		}
 	}
 	must(z.Create(ctx, pool+"/a", legacy))
-	must(z.Snapshot(ctx, pool+"/a@s"))
+	must(z.Snapshot(ctx, pool+"/a@s", nil))
 	must(z.Clone(ctx, pool+"/a@s", pool+"/b", legacy))
 
 	ended, cancel := context.WithCancel(ctx)
 	cancel()
-	_, usedErr := z.Used(ctx, pool+"/none")
+	_, usedErr := z.Space(ctx, pool+"/none")
 	_, propErr := z.Property(ctx, pool+"/none", "a:b")
 	_, childErr := z.Children(ctx, pool+"/none")
 	for _, c := range []struct {
@@ -90,13 +93,13 @@ func testErrors(t *testing.T, z ZFS, pool string) {
 		{"create, no pool", z.Create(ctx, "nopool/a", legacy), errdefs.IsUnavailable},
 		{"clone, exists", z.Clone(ctx, pool+"/a@s", pool+"/b", legacy), errdefs.IsAlreadyExists},
 		{"clone, no snapshot", z.Clone(ctx, pool+"/a@none", pool+"/c", legacy), errdefs.IsNotFound},
-		{"snapshot, exists", z.Snapshot(ctx, pool+"/a@s"), errdefs.IsAlreadyExists},
-		{"snapshot, no dataset", z.Snapshot(ctx, pool+"/none@s"), errdefs.IsNotFound},
+		{"snapshot, exists", z.Snapshot(ctx, pool+"/a@s", nil), errdefs.IsAlreadyExists},
+		{"snapshot, no dataset", z.Snapshot(ctx, pool+"/none@s", nil), errdefs.IsNotFound},
 		{"destroy, has a clone", z.Destroy(ctx, pool+"/a@s"), errdefs.IsFailedPrecondition},
 		{"destroy, has a snapshot", z.Destroy(ctx, pool+"/a"), errdefs.IsFailedPrecondition},
 		{"destroy, none", z.Destroy(ctx, pool+"/none"), errdefs.IsNotFound},
 		{"set, none", z.Set(ctx, pool+"/none", "a:b", "c"), errdefs.IsNotFound},
-		{"used, none", usedErr, errdefs.IsNotFound},
+		{"space, none", usedErr, errdefs.IsNotFound},
 		{"property, none", propErr, errdefs.IsNotFound},
 		{"children, none", childErr, errdefs.IsNotFound},
 		{"context ended", z.Create(ended, pool+"/late", legacy), errdefs.IsCanceled},
@@ -112,15 +115,19 @@ func testErrors(t *testing.T, z ZFS, pool string) {
 	if v, err := z.Property(ctx, pool+"/b", "a:unset"); err != nil || v != Unset {
 		t.Errorf("unset property %q, %v", v, err)
 	}
-	if n, err := z.Used(ctx, pool+"/a"); err != nil || n <= 0 {
-		t.Errorf("used %d, %v", n, err)
+	if n, err := z.Space(ctx, pool+"/a"); err != nil || n.Used <= 0 || n.Referenced <= 0 {
+		t.Errorf("space %v, %v", n, err)
 	}
 	names, err := z.Children(ctx, pool)
+	slices.Sort(names)
 	if got := strings.Join(names, " "); err != nil || got != pool+"/a "+pool+"/b" {
 		t.Errorf("children %q, %v", got, err)
 	}
 
-	// No space: fill the pool through a mount.
+	// No space: another takes nearly all of it, the rest is filled through a mount.
+	available, err := strconv.Atoi(zfsSays(t, "get", "-Hpo", "value", "available", pool))
+	must(err)
+	zfsSays(t, "set", fmt.Sprintf("reservation=%d", available-1<<20), pool+"/a")
 	dir := t.TempDir()
 	if out, err := exec.Command("mount", "-t", "zfs", pool+"/b", dir).CombinedOutput(); err != nil {
 		t.Fatalf("mount: %v: %s", err, out)
