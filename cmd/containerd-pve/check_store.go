@@ -67,6 +67,8 @@ func (h storeHost) checkZFS(ctx context.Context, conf config) []finding {
 	switch {
 	case conf.ZFS == zfs.GoZFS:
 		list[0] = result("zfs module", version+`, by go-zfs, as the configuration says`, nil)
+	case conf.ZFS == zfs.NativeOnly && errdefs.IsNotImplemented(merr):
+		list[0] = result("zfs module", "", fmt.Errorf(`%w: set zfs = "auto" in the configuration, so that go-zfs serves`, merr))
 	case conf.ZFS == zfs.Auto && errdefs.IsNotImplemented(merr):
 		list[0] = warning("zfs module", version+" is of a release that was not tried: go-zfs serves, with a zfs process for each call")
 	}

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -102,6 +103,9 @@ func (c *config) complete() error {
 		if !filepath.IsAbs(path) {
 			return fmt.Errorf("%s %q is not an absolute path: %w", name, path, errdefs.ErrInvalidArgument)
 		}
+	}
+	if !slices.Contains([]string{zfs.Auto, zfs.NativeOnly, zfs.GoZFS}, c.ZFS) {
+		return fmt.Errorf("zfs %q is none of %s, %s, %s: %w", c.ZFS, zfs.Auto, zfs.NativeOnly, zfs.GoZFS, errdefs.ErrInvalidArgument)
 	}
 	if c.LogFormat != "text" && c.LogFormat != "json" {
 		return fmt.Errorf("log_format %q is neither text nor json: %w", c.LogFormat, errdefs.ErrInvalidArgument)

@@ -29,7 +29,7 @@ func TestComplete(t *testing.T) {
 		}
 	}
 	for _, bad := range []config{{}, {Dataset: "a@b"}, {Dataset: "/a"}, {Dataset: "a", Root: "x"}, {Dataset: "a", Address: "x"},
-		{Dataset: "a", LogFormat: "xml"}, {Dataset: "a", MetricsAddress: "localhost"}, {Dataset: "a", MetricsAddress: "metrics.sock"}} {
+		{Dataset: "a", ZFS: "lua"}, {Dataset: "a", LogFormat: "xml"}, {Dataset: "a", MetricsAddress: "localhost"}, {Dataset: "a", MetricsAddress: "metrics.sock"}} {
 		if err := bad.complete(); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%+v: %v", bad, err)
 		}

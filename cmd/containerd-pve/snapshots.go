@@ -1,13 +1,11 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
 	"io"
 	"path"
-	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -17,16 +15,8 @@ import (
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 
+	"github.com/containerd-pve/containerd-pve/snapshotter"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
-)
-
-// What the snapshotter writes on its datasets.
-const (
-	propID   = "containerd-pve:id"
-	propKey  = "containerd-pve:key"
-	propName = "containerd-pve:name"
-
-	committed = "@snapshot"
 )
 
 const (
@@ -114,47 +104,25 @@ func listSnapshots(ctx context.Context, way, dataset string) ([]snapshot, error)
 		return nil, err
 	}
 	defer z.Close()
-	entries, err := z.Contents(ctx, dataset, []string{propID, propKey, propName, "readonly"})
+	datasets, err := snapshotter.Datasets(ctx, z, dataset)
 	if errdefs.IsNotFound(err) {
 		return nil, fmt.Errorf("dataset %s does not exist: `containerd-pve serve` makes it: %w", dataset, err)
 	}
 	if err != nil {
 		return nil, err
 	}
-	return snapshotsOf(entries), nil
+	return named(datasets), nil
 }
 
-// snapshotsOf sorts the datasets that bear the snapshotter's mark by their age.
-func snapshotsOf(entries []zfs.Entry) []snapshot {
-	final := map[string]zfs.Entry{}
-	for _, e := range entries {
-		if of, ok := strings.CutSuffix(e.Name, committed); ok && e.Snapshot {
-			final[of] = e
-		}
-	}
-	entries = slices.DeleteFunc(slices.Clone(entries), func(e zfs.Entry) bool {
-		return e.Snapshot || e.Own[propID] != path.Base(e.Name)
-	})
-	id := func(e zfs.Entry) int {
-		n, _ := strconv.Atoi(path.Base(e.Name))
-		return n
-	}
-	slices.SortFunc(entries, func(a, b zfs.Entry) int {
-		return cmp.Or(cmp.Compare(a.Txg, b.Txg), cmp.Compare(id(a), id(b)))
-	})
+// named takes the keys apart.
+func named(datasets []snapshotter.Dataset) []snapshot {
 	list := []snapshot{}
-	for _, e := range entries {
-		parent, _, _ := strings.Cut(e.Origin, "@")
+	for _, d := range datasets {
 		s := snapshot{
-			Dataset: e.Name, Kind: "active", Key: e.Own[propKey], Parent: parent,
-			Used: e.Used, Referenced: e.Referenced, Created: e.Created,
+			Dataset: d.Name, Kind: strings.ToLower(d.Kind.String()), Key: d.Key, Parent: d.Parent,
+			Used: d.Used, Referenced: d.Referenced, Created: d.Created,
 		}
-		if f, ok := final[e.Name]; ok {
-			s.Kind, s.Key = "committed", f.Own[propName]
-		} else if e.Own["readonly"] == "on" {
-			s.Kind = "view"
-		}
-		s.Namespace, s.Name = splitKey(s.Key)
+		s.Namespace, s.Name = splitKey(d.Key)
 		list = append(list, s)
 	}
 	return list

@@ -7,7 +7,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
+	"github.com/containerd/containerd/v2/core/snapshots"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter"
 )
 
 const (
@@ -17,36 +19,26 @@ const (
 
 var born = time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
 
-// entries are what ZFS says of a small store.
-func entries() []zfs.Entry {
-	made := func(name, origin string, txg uint64, own zfs.Properties) zfs.Entry {
-		return zfs.Entry{
-			Name: name, Origin: origin, Txg: txg, Own: own,
-			Created: born.Add(time.Duration(txg) * time.Minute), Used: 5 << 20, Referenced: 80 << 20,
+// store is a small one.
+func store() []snapshotter.Dataset {
+	made := func(name, parent string, kind snapshots.Kind, minute int, key string) snapshotter.Dataset {
+		return snapshotter.Dataset{
+			Name: name, Kind: kind, Key: key, Parent: parent,
+			Created: born.Add(time.Duration(minute) * time.Minute), Used: 5 << 20, Referenced: 80 << 20,
 		}
 	}
-	final := func(name string, own zfs.Properties) zfs.Entry {
-		return zfs.Entry{Name: name, Snapshot: true, Own: own}
-	}
-	return []zfs.Entry{
-		made("tank/c/10", "tank/c/2@snapshot", 9, zfs.Properties{propID: "10", propKey: "k8s.io/12/web"}),
-		made("tank/c/2", "", 1, zfs.Properties{propID: "2", propKey: "default/3/extract-1 " + chainID}),
-		final("tank/c/2@snapshot", zfs.Properties{propName: "default/4/" + chainID}),
-		final("tank/c/2@zfs-auto-snap", zfs.Properties{}),
-		made("tank/c/9", "tank/c/2@snapshot", 9, zfs.Properties{propID: "9", propKey: "default/11/first"}),
-		final("tank/c/9@zfs-auto-snap", zfs.Properties{}),
-		made("tank/c/11", "tank/c/2@snapshot", 12, zfs.Properties{propID: "11", propKey: "default/12/look", "readonly": "on"}),
-		made("tank/c/12", "", 13, zfs.Properties{propID: "12"}),                         // of an older version, active
-		made("tank/c/13", "", 14, zfs.Properties{propID: "13"}),                         // and committed
-		final("tank/c/13@snapshot", zfs.Properties{}),                                   //
-		made("tank/c/14", "", 15, zfs.Properties{propID: "14", propKey: "a\tb\x1b[2J"}), // not containerd's
-		made("tank/c/15", "tank/c/2@snapshot", 16, zfs.Properties{propID: "10"}),        // somebody's clone of ours
-		made("tank/c/other", "", 17, zfs.Properties{}),
+	return []snapshotter.Dataset{
+		made("tank/c/2", "", snapshots.KindCommitted, 1, "default/4/"+chainID),
+		made("tank/c/9", "tank/c/2", snapshots.KindActive, 9, "default/11/first"),
+		made("tank/c/10", "tank/c/2", snapshots.KindActive, 9, "k8s.io/12/web"),
+		made("tank/c/11", "tank/c/2", snapshots.KindView, 12, "default/12/look"),
+		made("tank/c/12", "", snapshots.KindActive, 13, ""),            // of an older version
+		made("tank/c/14", "", snapshots.KindActive, 15, "a\tb\x1b[2J"), // not containerd's
 	}
 }
 
-func TestSnapshotsOf(t *testing.T) {
-	list := snapshotsOf(entries())
+func TestPrintSnapshots(t *testing.T) {
+	list := named(store())
 	u := &users{
 		layers: map[snapshotName][]string{{"default", chainID}: {"zebra", debian}},
 		tops:   map[snapshotName][]string{{"default", chainID}: {debian}},
@@ -63,7 +55,7 @@ func TestSnapshotsOf(t *testing.T) {
 			}
 			golden(t, file+"."+format, got.Bytes())
 		}
-		list = snapshotsOf(entries())
+		list = named(store())
 	}
 }
 
@@ -90,7 +82,7 @@ func golden(t *testing.T, name string, got []byte) {
 
 func TestNoSnapshots(t *testing.T) {
 	var got bytes.Buffer
-	if err := printSnapshots(&got, "json", snapshotsOf(nil), born); err != nil || got.String() != "[]\n" {
+	if err := printSnapshots(&got, "json", named(nil), born); err != nil || got.String() != "[]\n" {
 		t.Errorf("%q, %v", got.String(), err)
 	}
 }
