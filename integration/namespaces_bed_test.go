@@ -26,11 +26,11 @@ var (
 
 // remapped is a container in a user namespace of its own, with a root whose ids
 // are mapped by the mount: containerd knows from its configuration that the
-// snapshotter can (remap-ids), and copies and chowns nothing.
+// snapshotter can (remap-ids), and neither copies nor chowns a file.
 func remapped(o options) options {
 	o.spec = append([]oci.SpecOpts{oci.WithUserNamespace(uids, gids)}, o.spec...)
 	o.snapshot = func(id string, image client.Image) client.NewContainerOpts {
-		return client.WithUserNSRemappedSnapshot(id, image, uids, gids)
+		return client.WithNewSnapshot(id, image, client.WithUserNSRemapperLabels(uids, gids))
 	}
 	return o
 }
