@@ -137,7 +137,7 @@ func filePool(t *testing.T, pool string) (dir string) {
 	dir = t.TempDir()
 	img := filepath.Join(dir, "disk")
 	must(t, os.WriteFile(img, nil, 0o600))
-	must(t, os.Truncate(img, 192<<20))
+	must(t, os.Truncate(img, 64<<20))
 	output(t, "zpool", "create", "-O", "mountpoint=none", pool, img)
 	t.Cleanup(func() { _ = exec.Command("zpool", "export", "-f", pool).Run() }) // its disk goes with dir
 	return dir
@@ -154,7 +154,7 @@ func TestServeObserved(t *testing.T) {
 		`dataset = "` + dataset + `"`, `root = "` + dir + `/root"`, `address = "` + socket + `"`,
 		`log_format = "json"`, `metrics_address = "127.0.0.1:9123"`,
 	}, "\n")), 0o600))
-	check := func(name string, ok bool, want string) {
+	check := func(name string, ok bool, want string) (detail string) {
 		t.Helper()
 		out, stderr, err := tool(t, "check", "--config", conf, "--format", "json")
 		var findings []struct {
@@ -173,10 +173,11 @@ func TestServeObserved(t *testing.T) {
 				if t.Logf("%v %s: %s", f.OK, f.Name, f.Detail); f.OK != ok || !strings.Contains(f.Detail, want) {
 					t.Errorf("%+v, want %v with %q", f, ok, want)
 				}
-				return
+				return f.Detail
 			}
 		}
 		t.Errorf("no finding %s in\n%s", name, out)
+		return ""
 	}
 	check("dataset", true, "does not exist yet")
 	check("daemon", false, "systemctl start containerd-pve")
@@ -295,7 +296,9 @@ func TestServeObserved(t *testing.T) {
 		t.Error("the pool was not filled")
 	}
 	output(t, "sync", "-f", dir+"/fill/f")
-	check("space", false, "full")
+	if left := check("space", false, "full"); strings.Contains(left, "MiB are left") {
+		t.Error("the pool is not full")
+	}
 	output(t, "zpool", "export", pool)
 	check("pool", false, "zpool import "+pool)
 	output(t, "zpool", "import", "-d", dir, "-o", "readonly=on", pool)
