@@ -37,6 +37,9 @@ const (
 	reqHold             request = 0x5a30
 	reqRelease          request = 0x5a31
 	reqGetHolds         request = 0x5a32
+	reqNextObject       request = 0x5a35
+	reqDiff             request = 0x5a36
+	reqObjectStats      request = 0x5a38
 	reqDestroySnaps     request = 0x5a3b
 	reqSendNew          request = 0x5a40
 	reqClone            request = 0x5a42
@@ -62,8 +65,10 @@ const (
 	offString    = 12336
 	offCookie    = 12616
 	offObjsType  = 12624
+	offObject    = 12664
 	offStats     = 12704 // dmu_objset_stats_t
 	offSimple    = 13668
+	offStat      = 13696 // zfs_stat_t: gen, mode, links, ctime[2], each of 64 bits
 
 	nameSize   = 4096
 	valueSize  = 8192
