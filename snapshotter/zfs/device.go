@@ -65,7 +65,7 @@ const (
 	offString    = 12336
 	offCookie    = 12616
 	offObjsType  = 12624
-	offObject    = 12664
+	offObject    = 12656
 	offStats     = 12704 // dmu_objset_stats_t
 	offSimple    = 13668
 	offStat      = 13696 // zfs_stat_t: gen, mode, links, ctime[2], each of 64 bits

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
 
 	"github.com/containerd/errdefs"
@@ -69,12 +68,13 @@ func (n *Native) Diff(ctx context.Context, from, to string, f func(Change) error
 	}()
 	ferr := n.changes(ctx, read, from, to, f)
 	if ferr != nil {
-		// The module ends when nobody reads.
-		read.Close()
-		<-done
+		_ = read.Close() // the module ends when nobody reads
+	}
+	err = failure("diff of", to, <-done)
+	if ferr != nil {
 		return ferr
 	}
-	return failure("diff of", to, <-done)
+	return err
 }
 
 // changes reads the records that the module writes.
@@ -90,14 +90,19 @@ func (n *Native) changes(ctx context.Context, records io.Reader, from, to string
 		if kind != diffInUse && kind != diffFree || last < first {
 			return fmt.Errorf("diff of %s: a record of type %d from %d to %d: %w", to, kind, first, last, errdefs.ErrInternal)
 		}
-		for object := first; object <= last; object++ {
+		if kind == diffFree && first == 0 {
+			// Holes at the top of the tree have numbers beyond 64 bits, of which this is
+			// left; object 0 itself is never free.
+			continue
+		}
+		for object := max(first, 1); object != 0 && object <= last; object++ { // nothing is object 0
 			if kind == diffFree {
 				// It may be as long as object numbers go: only what was there is looked at.
-				next, err := n.nextObject(ctx, from, object)
+				next, found, err := n.nextObject(ctx, from, object)
 				if err != nil {
 					return err
 				}
-				if object = next; object > last {
+				if object = next; !found || object > last {
 					break
 				}
 			}
@@ -121,18 +126,19 @@ func (n *Native) changes(ctx context.Context, records io.Reader, from, to string
 	}
 }
 
-// nextObject is the first object of a snapshot that is at least object.
-func (n *Native) nextObject(ctx context.Context, snapshot string, object uint64) (uint64, error) {
+// nextObject is the first object of a snapshot that is at least object, which is
+// not 0, if there is one.
+func (n *Native) nextObject(ctx context.Context, snapshot string, object uint64) (_ uint64, found bool, _ error) {
 	var c command
 	if err := c.setText(offName, nameSize, snapshot); err != nil {
-		return 0, err
+		return 0, false, err
 	}
-	c.put64(offObject, max(object, 1)-1) // the module goes on behind it; nothing is object 0
+	c.put64(offObject, object-1) // the module goes on behind it
 	_, err := n.device.call(ctx, reqNextObject, &c, nil, false)
 	if errors.Is(err, unix.ESRCH) {
-		return math.MaxUint64, nil
+		return 0, false, nil
 	}
-	return c.get64(offObject), failure("objects of", snapshot, err)
+	return c.get64(offObject), true, failure("objects of", snapshot, err)
 }
 
 // node is nil for an object that is not there, is no file, or had no name left.
