@@ -56,6 +56,7 @@ type snapshotter struct {
 	commits   *locker.Locker // by key: a leftover @snapshot of a crash is told from a racing Commit's
 	objects   objects
 	cleanupMu sync.Mutex
+	cleaned   cleaned
 	closeOnce sync.Once
 	closeErr  error
 	stop      context.CancelFunc
@@ -137,8 +138,7 @@ func claim(ctx context.Context, z zfs.ZFS, dataset, store string) error {
 	case zfs.Unset:
 		return z.Set(ctx, dataset, propStore, store)
 	}
-	return fmt.Errorf("it belongs to another store (%s=%s, not %s): use its root, or another dataset: %w",
-		propStore, owner, store, errdefs.ErrFailedPrecondition)
+	return foreign(owner, store)
 }
 
 // sweep destroys what a crash left, and comes back for what was busy.
@@ -440,13 +440,16 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 		s.objects.forget(id)
 	}
 	failed, err := s.zfs.DestroyAll(ctx, victims)
+	left := 0
 	for _, n := range ids {
 		name := s.name(strconv.FormatUint(n, 10))
 		// Of the two the snapshot says more: the filesystem stays because of it.
 		if err := cmp.Or(failed[name+committed], failed[name]); err != nil {
 			log.G(ctx).WithError(err).WithField("dataset", name).Warn("not destroyed yet; tried again later")
+			left++
 		}
 	}
+	s.cleaned.count(len(ids), left, err)
 	if err != nil {
 		return fmt.Errorf("destroying what no record names: %w", err)
 	}

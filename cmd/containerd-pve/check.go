@@ -13,14 +13,14 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
-
-	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
 // finding is one line of `check`.
 type finding struct {
 	Name string `json:"name"`
 	OK   bool   `json:"ok"`
+	// Warning: it works, and something should be done all the same.
+	Warning bool `json:"warning,omitempty"`
 	// Detail is what was found, or what to do.
 	Detail string `json:"detail"`
 }
@@ -30,7 +30,7 @@ func checkCommand() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "check",
 		Short: "say whether this host is ready, and what to do",
-		Long:  "Says whether this host is ready, and what to do. The exit status is 1 if it is not.",
+		Long:  "Says whether this host is ready, and what to do. The exit status is 1 if it is not; a warning does not count.",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if format != "text" && format != "json" {
@@ -64,7 +64,7 @@ func check(ctx context.Context, conf config, confErr error) []finding {
 		err := conf.complete()
 		list[0] = result("configuration", "dataset "+conf.Dataset, err)
 		if err == nil {
-			list = append(list, result("zfs", "module loaded, pool imported", zfs.Ready(conf.Dataset)))
+			list = append(list, thisHost.check(ctx, conf)...)
 		}
 	}
 	list = append(list, result("cgroup", "version 2", cgroup2()))
@@ -99,6 +99,10 @@ func result(name, detail string, err error) finding {
 	return finding{Name: name, OK: true, Detail: detail}
 }
 
+func warning(name, detail string) finding {
+	return finding{Name: name, OK: true, Warning: true, Detail: detail}
+}
+
 func cgroup2() error {
 	var st unix.Statfs_t
 	if err := unix.Statfs("/sys/fs/cgroup", &st); err != nil {
@@ -119,8 +123,11 @@ func report(w io.Writer, format string, findings []finding) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	for _, f := range findings {
 		state := "ok"
-		if !f.OK {
+		switch {
+		case !f.OK:
 			state = "FAIL"
+		case f.Warning:
+			state = "warn"
 		}
 		fmt.Fprintf(t, "%s\t%s\t%s\n", state, f.Name, f.Detail)
 	}

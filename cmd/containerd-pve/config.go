@@ -3,8 +3,10 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -31,6 +33,11 @@ type config struct {
 	ZFS string `toml:"zfs"`
 	// LogLevel is one of trace, debug, info, warn, error.
 	LogLevel string `toml:"log_level"`
+	// LogFormat is text or json.
+	LogFormat string `toml:"log_format"`
+	// MetricsAddress is where Prometheus finds the metrics: HOST:PORT, or the path
+	// of a unix socket. None if empty.
+	MetricsAddress string `toml:"metrics_address"`
 }
 
 // readConfig reads the file; only a file that was asked for must exist.
@@ -61,7 +68,7 @@ func parseConfig(data []byte) (config, error) {
 		for _, e := range strict.Errors {
 			keys = append(keys, strings.Join(e.Key(), "."))
 		}
-		return c, fmt.Errorf("unknown key %s (known: dataset, root, address, zfs, log_level): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+		return c, fmt.Errorf("unknown key %s (known: dataset, root, address, zfs, log_level, log_format, metrics_address): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 	}
 	if err != nil {
 		return c, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
@@ -83,6 +90,9 @@ func (c *config) complete() error {
 	if c.LogLevel == "" {
 		c.LogLevel = "info"
 	}
+	if c.LogFormat == "" {
+		c.LogFormat = "text"
+	}
 	if c.Dataset == "" {
 		return fmt.Errorf("no dataset: set dataset = \"POOL/containerd-pve\" in %s or give --dataset: %w", defaultConfig, errdefs.ErrInvalidArgument)
 	}
@@ -92,6 +102,17 @@ func (c *config) complete() error {
 	for name, path := range map[string]string{"root": c.Root, "address": c.Address} {
 		if !filepath.IsAbs(path) {
 			return fmt.Errorf("%s %q is not an absolute path: %w", name, path, errdefs.ErrInvalidArgument)
+		}
+	}
+	if !slices.Contains([]string{zfs.Auto, zfs.NativeOnly, zfs.GoZFS}, c.ZFS) {
+		return fmt.Errorf("zfs %q is none of %s, %s, %s: %w", c.ZFS, zfs.Auto, zfs.NativeOnly, zfs.GoZFS, errdefs.ErrInvalidArgument)
+	}
+	if c.LogFormat != "text" && c.LogFormat != "json" {
+		return fmt.Errorf("log_format %q is neither text nor json: %w", c.LogFormat, errdefs.ErrInvalidArgument)
+	}
+	if a := c.MetricsAddress; a != "" && !filepath.IsAbs(a) {
+		if _, port, err := net.SplitHostPort(a); err != nil || port == "" {
+			return fmt.Errorf("metrics_address %q is neither HOST:PORT nor the path of a socket: %w", a, errdefs.ErrInvalidArgument)
 		}
 	}
 	return nil

@@ -22,7 +22,14 @@ func TestComplete(t *testing.T) {
 	if err := c.complete(); err != nil || c.Root != defaultRoot || c.Address != defaultAddress || c.LogLevel != "info" {
 		t.Errorf("%+v, %v", c, err)
 	}
-	for _, bad := range []config{{}, {Dataset: "a@b"}, {Dataset: "/a"}, {Dataset: "a", Root: "x"}, {Dataset: "a", Address: "x"}} {
+	for _, address := range []string{"", "127.0.0.1:9123", "[::1]:9123", ":9123", "/run/containerd-pve/metrics.sock"} {
+		c := config{Dataset: "tank/x", MetricsAddress: address}
+		if err := c.complete(); err != nil || c.LogFormat != "text" {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+	for _, bad := range []config{{}, {Dataset: "a@b"}, {Dataset: "/a"}, {Dataset: "a", Root: "x"}, {Dataset: "a", Address: "x"},
+		{Dataset: "a", ZFS: "lua"}, {Dataset: "a", LogFormat: "xml"}, {Dataset: "a", MetricsAddress: "localhost"}, {Dataset: "a", MetricsAddress: "metrics.sock"}} {
 		if err := bad.complete(); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%+v: %v", bad, err)
 		}

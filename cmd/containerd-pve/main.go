@@ -1,5 +1,5 @@
-// Command containerd-pve is the administrator's tool: it serves the snapshotter
-// and says whether this host is ready.
+// Command containerd-pve is the administrator's tool: it serves the snapshotter,
+// says whether this host is ready, and lists the snapshots.
 package main
 
 import (
@@ -40,7 +40,7 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	c.AddCommand(serveCommand(), checkCommand(), &cobra.Command{
+	c.AddCommand(serveCommand(), checkCommand(), snapshotsCommand(), &cobra.Command{
 		Use:   "version",
 		Short: "print the version",
 		Args:  cobra.NoArgs,

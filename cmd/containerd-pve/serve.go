@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -19,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/containerd-pve/containerd-pve/snapshotter"
+	"github.com/containerd-pve/containerd-pve/snapshotter/observe"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
@@ -40,6 +43,7 @@ func serveCommand() *cobra.Command {
 			for _, f := range []struct{ to, from *string }{
 				{&conf.Dataset, &flags.Dataset}, {&conf.Root, &flags.Root},
 				{&conf.Address, &flags.Address}, {&conf.LogLevel, &flags.LogLevel}, {&conf.ZFS, &flags.ZFS},
+				{&conf.LogFormat, &flags.LogFormat}, {&conf.MetricsAddress, &flags.MetricsAddress},
 			} {
 				if *f.from != "" {
 					*f.to = *f.from
@@ -51,6 +55,9 @@ func serveCommand() *cobra.Command {
 			if err := log.SetLevel(conf.LogLevel); err != nil {
 				return fmt.Errorf("log_level %q: %w: %w", conf.LogLevel, err, errdefs.ErrInvalidArgument)
 			}
+			if err := log.SetFormat(log.OutputFormat(conf.LogFormat)); err != nil {
+				return fmt.Errorf("log_format %q: %w: %w", conf.LogFormat, err, errdefs.ErrInvalidArgument)
+			}
 			return serve(c.Context(), conf)
 		},
 	}
@@ -60,6 +67,8 @@ func serveCommand() *cobra.Command {
 	c.Flags().StringVar(&flags.Address, "address", "", "unix `socket` (default "+defaultAddress+")")
 	c.Flags().StringVar(&flags.ZFS, "zfs", "", "`way` to ZFS: auto, native or go-zfs (default auto)")
 	c.Flags().StringVar(&flags.LogLevel, "log-level", "", "trace, debug, info, warn or error (default info)")
+	c.Flags().StringVar(&flags.LogFormat, "log-format", "", "text or json (default text)")
+	c.Flags().StringVar(&flags.MetricsAddress, "metrics-address", "", "where Prometheus finds /metrics: `HOST:PORT` or the path of a socket (default none)")
 	return c
 }
 
@@ -77,11 +86,19 @@ func serve(ctx context.Context, conf config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
+	calls := observe.NewCalls()
+	if conf.MetricsAddress != "" {
+		end, err := serveMetrics(ctx, conf, s, z.(zfs.Lister), calls)
+		if err != nil {
+			return err
+		}
+		defer end()
+	}
 	l, err := listen(conf.Address)
 	if err != nil {
 		return err
 	}
-	server := grpc.NewServer()
+	server := grpc.NewServer(grpc.ChainUnaryInterceptor(calls.Unary), grpc.ChainStreamInterceptor(calls.Stream))
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(l) }()
@@ -107,6 +124,38 @@ func serve(ctx context.Context, conf config) (err error) {
 		server.Stop()
 	}
 	return nil
+}
+
+// serveMetrics answers Prometheus until end is called.
+func serveMetrics(ctx context.Context, conf config, s snapshots.Snapshotter, lister zfs.Lister, calls *observe.Calls) (end func(), err error) {
+	server, err := observe.Server(calls, &observe.Store{
+		Walk:    s.Walk,
+		Cleaned: s.(snapshotter.Counter).Cleaned,
+		Calls:   zfs.Calls,
+		Available: func(ctx context.Context) (int64, error) {
+			return lister.Available(ctx, conf.Dataset)
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("metrics: %w", err)
+	}
+	var l net.Listener
+	if filepath.IsAbs(conf.MetricsAddress) {
+		l, err = listen(conf.MetricsAddress)
+	} else {
+		l, err = net.Listen("tcp", conf.MetricsAddress)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("metrics_address: %w", err)
+	}
+	log.G(ctx).Infof("serving metrics on %s", conf.MetricsAddress)
+	go func() {
+		// Snapshots are served without them too.
+		if err := server.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+			log.G(ctx).WithError(err).Error("metrics are served no longer")
+		}
+	}()
+	return func() { server.Close() }, nil
 }
 
 // listen takes the place of a socket nobody answers on.

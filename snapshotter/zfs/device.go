@@ -196,6 +196,7 @@ func (d *device) ioctl(r request, c *command, source, result []byte) unix.Errno 
 		c.put64(offResult, uint64(uintptr(unsafe.Pointer(&result[0]))))
 	}
 	d.calls.Add(1)
+	ioctls.Add(1)
 	_, _, errno := unix.Syscall(unix.SYS_IOCTL, d.file.Fd(), uintptr(r), uintptr(unsafe.Pointer(c)))
 	runtime.KeepAlive(d)
 	return errno

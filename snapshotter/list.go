@@ -1,0 +1,74 @@
+package snapshotter
+
+import (
+	"cmp"
+	"context"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
+)
+
+// Dataset is a snapshot as its dataset tells of it. The records may differ for
+// the moment of a call, and where a crash came in between: of a snapshot that was
+// removed the dataset is there until Cleanup.
+type Dataset struct {
+	Name string
+	Kind snapshots.Kind
+	// Key is the name of a committed snapshot, the key of another. Empty if it was
+	// made by a version that did not write it down, or is longer than ZFS takes.
+	Key              string
+	Parent           string // the parent's Name
+	Created          time.Time
+	Used, Referenced int64
+}
+
+// Datasets lists the snapshots below dataset as ZFS holds them, the oldest first.
+// It needs no daemon and disturbs none.
+func Datasets(ctx context.Context, z zfs.Lister, dataset string) ([]Dataset, error) {
+	entries, err := z.Contents(ctx, dataset, []string{propID, propKey, propName, "readonly"})
+	if err != nil {
+		return nil, err
+	}
+	return marked(entries), nil
+}
+
+// marked are the filesystems that bear the snapshotter's mark.
+func marked(entries []zfs.Entry) []Dataset {
+	final := map[string]zfs.Entry{}
+	for _, e := range entries {
+		if of, ok := strings.CutSuffix(e.Name, committed); ok && e.Snapshot {
+			final[of] = e
+		}
+	}
+	entries = slices.DeleteFunc(slices.Clone(entries), func(e zfs.Entry) bool {
+		return e.Snapshot || e.Own[propID] != path.Base(e.Name)
+	})
+	id := func(e zfs.Entry) uint64 {
+		n, _ := strconv.ParseUint(path.Base(e.Name), 10, 64)
+		return n
+	}
+	slices.SortFunc(entries, func(a, b zfs.Entry) int {
+		return cmp.Or(cmp.Compare(a.Txg, b.Txg), cmp.Compare(id(a), id(b)))
+	})
+	var list []Dataset
+	for _, e := range entries {
+		parent, _, _ := strings.Cut(e.Origin, "@")
+		d := Dataset{
+			Name: e.Name, Kind: snapshots.KindActive, Key: e.Own[propKey], Parent: parent,
+			Created: e.Created, Used: e.Used, Referenced: e.Referenced,
+		}
+		if f, ok := final[e.Name]; ok {
+			d.Kind, d.Key = snapshots.KindCommitted, f.Own[propName]
+		} else if e.Own["readonly"] == "on" {
+			d.Kind = snapshots.KindView
+		}
+		list = append(list, d)
+	}
+	return list
+}

@@ -1,0 +1,220 @@
+package zfs
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os/exec"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter/zfs/nvlist"
+)
+
+// Entry is a filesystem or a snapshot as a list shows it.
+type Entry struct {
+	Name     string
+	Snapshot bool
+	Origin   string // the snapshot that a clone was made of
+	Created  time.Time
+	// Txg is the transaction group it was made in: it sorts what one second made.
+	Txg              uint64
+	Used, Referenced int64
+	// Own are those of the properties asked for that are set on the entry itself,
+	// and not inherited from its parent.
+	Own Properties
+}
+
+// Lister lists in few calls what there is, for people. Both ways to ZFS do.
+type Lister interface {
+	// Contents are the filesystems directly below parent and their snapshots.
+	Contents(ctx context.Context, parent string, properties []string) ([]Entry, error)
+	// Available are the bytes that may still be written into a filesystem.
+	Available(ctx context.Context, name string) (int64, error)
+	// Property is the value of a property, or Unset.
+	Property(ctx context.Context, name, property string) (string, error)
+	// Close gives back what the others use.
+	Close() error
+}
+
+var (
+	_ Lister = (*Native)(nil)
+	_ Lister = goZFS{}
+)
+
+// OpenLister opens a way to ZFS as New does, and logs nothing.
+func OpenLister(way string) (Lister, error) {
+	if way == GoZFS {
+		return goZFS{}, nil
+	}
+	n, err := OpenNative()
+	if err == nil {
+		return n, nil
+	}
+	if way == Auto && errdefs.IsNotImplemented(err) {
+		return goZFS{}, nil
+	}
+	return nil, err
+}
+
+// own says whether a property is set on the dataset itself: received counts.
+func own(d *Dataset, name string) bool {
+	entry, _ := d.properties[name].(nvlist.List)
+	source, _ := entry["source"].(string)
+	return source == d.Name || source == "$recvd"
+}
+
+// Contents are the filesystems directly below parent and their snapshots.
+func (n *Native) Contents(ctx context.Context, parent string, properties []string) ([]Entry, error) {
+	var all []Entry
+	add := func(d *Dataset) error {
+		e, err := entry(d.Name, d.Property)
+		if err != nil {
+			return err
+		}
+		e.Snapshot, e.Origin = d.Snapshot, d.Origin
+		for _, p := range properties {
+			if own(d, p) {
+				e.Own[p] = d.Property(p)
+			}
+		}
+		all = append(all, e)
+		return nil
+	}
+	err := n.List(ctx, parent, true, func(d *Dataset) error {
+		if !d.Filesystem {
+			return nil
+		}
+		if err := add(d); err != nil {
+			return err
+		}
+		err := n.ListSnapshots(ctx, d.Name, true, add)
+		if errdefs.IsNotFound(err) {
+			return nil // destroyed in between
+		}
+		return err
+	})
+	return all, err
+}
+
+// Available are the bytes that may still be written into a filesystem.
+func (n *Native) Available(ctx context.Context, name string) (int64, error) {
+	v, err := n.Property(ctx, name, "available")
+	if err != nil {
+		return 0, err
+	}
+	return number("available", name, v)
+}
+
+// numeric are the properties that each entry has.
+const numeric = "creation,createtxg,used,referenced"
+
+// entry reads what each entry has; get gives a property's value.
+func entry(name string, get func(property string) string) (Entry, error) {
+	e := Entry{Name: name, Own: Properties{}}
+	var created, txg int64
+	for property, to := range map[string]*int64{
+		"creation": &created, "createtxg": &txg, "used": &e.Used, "referenced": &e.Referenced,
+	} {
+		var err error
+		if *to, err = number(property, name, get(property)); err != nil {
+			return e, err
+		}
+	}
+	e.Created, e.Txg = time.Unix(created, 0).UTC(), uint64(txg)
+	return e, nil
+}
+
+func number(property, name, value string) (int64, error) {
+	n, err := strconv.ParseInt(value, 10, 64)
+	if err != nil {
+		return 0, fmt.Errorf("%s of %s: %w: %w", property, name, err, errdefs.ErrInternal)
+	}
+	return n, nil
+}
+
+// Available are the bytes that may still be written into a filesystem.
+func (goZFS) Available(ctx context.Context, name string) (int64, error) {
+	d, err := get(ctx, name)
+	if err != nil {
+		return 0, err
+	}
+	return int64(d.Avail), nil
+}
+
+// Contents runs the zfs program once: go-zfs's own list knows neither properties
+// of users nor where a value comes from.
+func (goZFS) Contents(ctx context.Context, parent string, properties []string) ([]Entry, error) {
+	asked := append(strings.Split("type,origin,"+numeric, ","), properties...)
+	cmd := exec.CommandContext(ctx, "zfs", "get", "-Hp", "-d", "2", "-t", "filesystem,snapshot",
+		"-o", "name,property,source,value", strings.Join(asked, ","), parent)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	processes.Add(1)
+	out, err := cmd.Output()
+	if err != nil {
+		if errors.Is(err, exec.ErrNotFound) {
+			return nil, fmt.Errorf("the zfs program is not on PATH (install zfsutils-linux): %w", errdefs.ErrUnavailable)
+		}
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("list below %s: %w", parent, ctx.Err())
+		}
+		return nil, missing(ctx, fmt.Errorf("list below %s: %s (%w)", parent, strings.TrimSpace(stderr.String()), err), parent)
+	}
+	return parseGet(string(out), parent, properties)
+}
+
+// parseGet reads `zfs get -Hp -o name,property,source,value` of parent.
+func parseGet(out, parent string, properties []string) ([]Entry, error) {
+	type value struct{ value, source string }
+	var order []string
+	found := map[string]map[string]value{}
+	var last *struct{ name, property string }
+	for line := range strings.Lines(out) {
+		line = strings.TrimSuffix(line, "\n")
+		f := strings.SplitN(line, "\t", 4)
+		if len(f) != 4 || f[0] != parent && !strings.HasPrefix(f[0], parent+"/") && !strings.HasPrefix(f[0], parent+"@") {
+			// The value before this line has a line break in it.
+			if last == nil {
+				return nil, fmt.Errorf("`zfs get` printed %.100q: %w", line, errdefs.ErrInternal)
+			}
+			v := found[last.name][last.property]
+			v.value += "\n" + line
+			found[last.name][last.property] = v
+			continue
+		}
+		if found[f[0]] == nil {
+			found[f[0]] = map[string]value{}
+			order = append(order, f[0])
+		}
+		last = &struct{ name, property string }{f[0], f[1]}
+		found[f[0]][f[1]] = value{f[3], f[2]}
+	}
+	var all []Entry
+	for _, name := range order {
+		below, ok := strings.CutPrefix(name, parent+"/")
+		if !ok || strings.Contains(below, "/") {
+			continue
+		}
+		e, err := entry(name, func(p string) string { return found[name][p].value })
+		if err != nil {
+			return nil, err
+		}
+		e.Snapshot = found[name]["type"].value == "snapshot"
+		if o := found[name]["origin"].value; o != Unset {
+			e.Origin = o
+		}
+		for _, p := range properties {
+			if v := found[name][p]; slices.Contains([]string{"local", "received"}, v.source) {
+				e.Own[p] = v.value
+			}
+		}
+		all = append(all, e)
+	}
+	return all, nil
+}
