@@ -15,8 +15,8 @@ lint_version := v2.15.0
 lint := $(or $(CONTAINERD_PVE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/containerd-pve)/lint-$(lint_version)/golangci-lint
 
 .NOTPARALLEL:
-.PHONY: help build test test-unit test-bed test-suite fuzz conformance stress stress-reset demo bench testbed vm-run vm-shell vm-down lint clean
-.SILENT: help conformance fuzz stress stress-reset vm-run vm-shell vm-down testbed demo bench
+.PHONY: help build test test-unit test-bed test-suite fuzz conformance stress stress-reset demo bench bench-snapshots testbed vm-run vm-shell vm-down lint clean
+.SILENT: help conformance fuzz stress stress-reset vm-run vm-shell vm-down testbed demo bench bench-snapshots
 
 help:
 	echo 'make build       the programs, in ./bin'
@@ -29,6 +29,7 @@ help:
 	echo 'make stress-reset the guest is reset resets=3 times while it pulls an image (a part of make stress); seed=7 repeats the moments'
 	echo 'make demo        pull an image and run it with our runtime, in the test bed'
 	echo 'make bench       time ctr run against runc, in the test bed; n=20 runs of each'
+	echo 'make bench-snapshots  time the calls of three snapshotters; counts=10,1000 n=10 unpack=60x20x4096'
 	echo 'make testbed     build the test bed (cached outside this directory)'
 	echo "make vm-run CMD='ctr version' FILES='a b'   run a command in the test bed, the FILES in /work"
 	echo 'make vm-shell    a shell in the test bed;  make vm-down ends its VM'
@@ -85,6 +86,11 @@ bench:
 	mkdir -p bin
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o bin/bench ./integration/bench
 	integration/testbed/vm-run -f bin/bench -f integration/bench/guest 'bash ./guest -n $(or $(n),20) $(if $(format),--format $(format))'
+
+bench-snapshots:
+	mkdir -p bin
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o bin/snapshots ./integration/bench/snapshots
+	integration/testbed/vm-run -f bin/snapshots './snapshots --dataset tank/bench --counts $(or $(counts),10,1000) -n $(or $(n),10) $(if $(unpack),--unpack $(unpack)) $(if $(format),--format $(format))'
 
 vm-run:
 	integration/testbed/vm-run

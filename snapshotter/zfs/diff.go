@@ -69,12 +69,13 @@ func (n *Native) Diff(ctx context.Context, from, to string, f func(Change) error
 	}()
 	ferr := n.changes(ctx, read, from, to, f)
 	if ferr != nil {
-		// The module ends when nobody reads.
-		read.Close()
-		<-done
+		_ = read.Close() // the module ends when nobody reads
+	}
+	err = failure("diff of", to, <-done)
+	if ferr != nil {
 		return ferr
 	}
-	return failure("diff of", to, <-done)
+	return err
 }
 
 // changes reads the records that the module writes.
@@ -90,7 +91,7 @@ func (n *Native) changes(ctx context.Context, records io.Reader, from, to string
 		if kind != diffInUse && kind != diffFree || last < first {
 			return fmt.Errorf("diff of %s: a record of type %d from %d to %d: %w", to, kind, first, last, errdefs.ErrInternal)
 		}
-		for object := first; object <= last; object++ {
+		for object := max(first, 1); object <= last; object++ { // nothing is object 0
 			if kind == diffFree {
 				// It may be as long as object numbers go: only what was there is looked at.
 				next, err := n.nextObject(ctx, from, object)
@@ -121,13 +122,13 @@ func (n *Native) changes(ctx context.Context, records io.Reader, from, to string
 	}
 }
 
-// nextObject is the first object of a snapshot that is at least object.
+// nextObject is the first object of a snapshot that is at least object, which is not 0.
 func (n *Native) nextObject(ctx context.Context, snapshot string, object uint64) (uint64, error) {
 	var c command
 	if err := c.setText(offName, nameSize, snapshot); err != nil {
 		return 0, err
 	}
-	c.put64(offObject, max(object, 1)-1) // the module goes on behind it; nothing is object 0
+	c.put64(offObject, object-1) // the module goes on behind it
 	_, err := n.device.call(ctx, reqNextObject, &c, nil, false)
 	if errors.Is(err, unix.ESRCH) {
 		return math.MaxUint64, nil

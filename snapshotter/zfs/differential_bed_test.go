@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -162,6 +163,7 @@ func everything(t *testing.T, pool string) string {
 			kept = append(kept, strings.ReplaceAll(line, pool, "POOL"))
 		}
 	}
+	slices.Sort(kept) // user properties come in the order of their hashes
 	return strings.Join(kept, "")
 }
 

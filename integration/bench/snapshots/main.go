@@ -1,0 +1,215 @@
+// Command snapshots times the calls of our snapshotter against containerd's own
+// zfs snapshotter and overlayfs, all three on one pool and in turns in one run,
+// with few snapshots there and with many, and the unpacking of images. It owns
+// the dataset that it is given, which it makes and destroys, and needs root.
+//
+// Ours is measured as containerd meets it: as a daemon, through its socket. The
+// other two run within this process, as they do within containerd.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/log"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+)
+
+type options struct {
+	dataset string
+	daemon  string
+	counts  []int
+	runs    int
+	layers  int
+	images  []string
+	format  string
+}
+
+func main() { os.Exit(run()) }
+
+// run gives the exit status, after its deferred calls.
+func run() int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := command().ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(os.Stderr, "snapshots:", err)
+		return 1
+	}
+	return 0
+}
+
+func command() *cobra.Command {
+	var o options
+	c := &cobra.Command{
+		Use:           "snapshots --dataset POOL/NAME",
+		Short:         "time the calls of three snapshotters, in turns",
+		Args:          cobra.NoArgs,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if o.runs < 1 || o.layers < 1 || !slices.IsSorted(o.counts) || o.dataset == "" {
+				return errors.New("give --dataset, at least one run and one layer, and --counts in ascending order")
+			}
+			if o.format != "markdown" && o.format != "json" {
+				return fmt.Errorf("--format %q is neither markdown nor json", o.format)
+			}
+			var images []image
+			for _, text := range o.images {
+				i, err := parseImage(text)
+				if err != nil {
+					return err
+				}
+				images = append(images, i)
+			}
+			// What the others log of their own failures is in the errors too.
+			_ = log.SetLevel("error")
+			report, err := measure(c.Context(), o, images, progress(c.ErrOrStderr()))
+			if err != nil {
+				return err
+			}
+			return report.write(c.OutOrStdout(), o.format)
+		},
+	}
+	c.Flags().StringVar(&o.dataset, "dataset", "", "`dataset` to work in; it must not exist")
+	c.Flags().StringVar(&o.daemon, "daemon", "containerd-pve", "our `program`")
+	c.Flags().IntSliceVar(&o.counts, "counts", []int{10, 1000}, "snapshots that are there, in ascending order")
+	c.Flags().IntVarP(&o.runs, "runs", "n", 10, "runs of each call")
+	c.Flags().IntVar(&o.layers, "layers", 50, "layers of each image that the snapshots belong to")
+	c.Flags().StringSliceVar(&o.images, "unpack", nil, "images to unpack: `LAYERSxFILESxBYTES`, as 60x20x4096")
+	c.Flags().StringVar(&o.format, "format", "markdown", "markdown or json")
+	return c
+}
+
+// progress says what is done, on a terminal only.
+func progress(w io.Writer) func(format string, args ...any) {
+	f, ok := w.(*os.File)
+	if !ok || !term.IsTerminal(int(f.Fd())) {
+		return func(string, ...any) {}
+	}
+	return func(format string, args ...any) { fmt.Fprintf(w, "\r\033[K"+format, args...) }
+}
+
+// image is one to be unpacked: so many layers of so many files of so many bytes.
+type image struct{ layers, files, bytes int }
+
+func (i image) String() string { return fmt.Sprintf("%dx%dx%d", i.layers, i.files, i.bytes) }
+
+func parseImage(text string) (image, error) {
+	fields := strings.Split(text, "x")
+	var n [3]int
+	ok := len(fields) == len(n)
+	for i := range min(len(fields), len(n)) {
+		var err error
+		n[i], err = strconv.Atoi(fields[i])
+		ok = ok && err == nil && n[i] > 0
+	}
+	if !ok {
+		return image{}, fmt.Errorf("--unpack %q is not LAYERSxFILESxBYTES", text)
+	}
+	return image{n[0], n[1], n[2]}, nil
+}
+
+// step is a call that is timed. The key names a snapshot of this run alone.
+type step struct {
+	name string
+	do   func(ctx context.Context, s snapshots.Snapshotter, key, parent string) error
+}
+
+var steps = []step{
+	{"Prepare", func(ctx context.Context, s snapshots.Snapshotter, key, parent string) error {
+		_, err := s.Prepare(ctx, key, parent)
+		return err
+	}},
+	{"Mounts", func(ctx context.Context, s snapshots.Snapshotter, key, _ string) error {
+		_, err := s.Mounts(ctx, key)
+		return err
+	}},
+	{"Stat", func(ctx context.Context, s snapshots.Snapshotter, key, _ string) error {
+		_, err := s.Stat(ctx, key)
+		return err
+	}},
+	{"Usage", func(ctx context.Context, s snapshots.Snapshotter, key, _ string) error {
+		_, err := s.Usage(ctx, key)
+		return err
+	}},
+	{"Commit", func(ctx context.Context, s snapshots.Snapshotter, key, _ string) error {
+		return s.Commit(ctx, key+"-committed", key)
+	}},
+	{"Walk", func(ctx context.Context, s snapshots.Snapshotter, _, _ string) error {
+		return s.Walk(ctx, func(context.Context, snapshots.Info) error { return nil })
+	}},
+	{"Remove", func(ctx context.Context, s snapshots.Snapshotter, key, _ string) error {
+		return s.Remove(ctx, key+"-committed")
+	}},
+	// containerd calls it after a garbage collection; the others have nothing left to do.
+	{"Cleanup", func(ctx context.Context, s snapshots.Snapshotter, _, _ string) error {
+		if c, ok := s.(snapshots.Cleaner); ok {
+			return c.Cleanup(ctx)
+		}
+		return nil
+	}},
+}
+
+// measure makes the subjects and times them at each count.
+func measure(ctx context.Context, o options, images []image, say func(string, ...any)) (_ *report, err error) {
+	subjects, remove, err := makeSubjects(ctx, o)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, remove()) }()
+	r := &report{}
+	for _, count := range o.counts {
+		for _, s := range subjects {
+			say("%s: up to %d snapshots", s.name, count)
+			if err := s.stop(); err != nil {
+				return nil, err
+			}
+			if err := s.fill(ctx, count, o.layers); err != nil {
+				return nil, fmt.Errorf("filling %s up to %d: %w", s.name, count, err)
+			}
+			begin := time.Now()
+			if err := s.start(ctx); err != nil {
+				return nil, fmt.Errorf("starting %s: %w", s.name, err)
+			}
+			r.add(count, "start", s.name, time.Since(begin))
+		}
+		for n := range o.runs + 1 { // the first fills caches
+			for _, s := range subjects {
+				say("%d snapshots, round %d of %d: %s", count, n, o.runs, s.name)
+				key := fmt.Sprintf("run-%d-%d", count, n)
+				for _, step := range steps {
+					begin := time.Now()
+					if err := step.do(ctx, s.snapshotter, key, s.top()); err != nil {
+						return nil, fmt.Errorf("%s of %s with %d snapshots: %w", step.name, s.name, count, err)
+					}
+					if n > 0 {
+						r.add(count, step.name, s.name, time.Since(begin))
+					}
+				}
+			}
+		}
+		for _, s := range subjects {
+			if kb := s.memory(); kb > 0 {
+				r.Memory = append(r.Memory, memory{Snapshots: count, KiB: kb})
+			}
+		}
+	}
+	for _, i := range images {
+		if err := unpack(ctx, r, subjects, i, o.runs, say); err != nil {
+			return nil, fmt.Errorf("unpacking %s: %w", i, err)
+		}
+	}
+	say("")
+	return r, nil
+}
