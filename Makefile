@@ -15,8 +15,8 @@ lint_version := v2.15.0
 lint := $(or $(CONTAINERD_PVE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/containerd-pve)/lint-$(lint_version)/golangci-lint
 
 .NOTPARALLEL:
-.PHONY: help build test test-unit test-bed test-suite fuzz conformance stress demo bench bench-snapshots testbed vm-run vm-shell vm-down lint clean
-.SILENT: help conformance fuzz stress vm-run vm-shell vm-down testbed demo bench bench-snapshots
+.PHONY: help build test test-unit test-bed test-suite fuzz conformance stress stress-reset demo bench bench-snapshots testbed vm-run vm-shell vm-down lint clean
+.SILENT: help conformance fuzz stress stress-reset vm-run vm-shell vm-down testbed demo bench bench-snapshots
 
 help:
 	echo 'make build       the programs, in ./bin'
@@ -26,6 +26,7 @@ help:
 	echo "make conformance containerd's client suite in the test bed; RUN=TestTask chooses, update=1 writes docs/conformance.md"
 	echo 'make fuzz        every fuzz target for a while each; time=30s packages=./lxc chooses'
 	echo 'make stress      restarts=1000 operations=1000 duration=10m of containerd-stress, in the test bed; seed=7 repeats a run'
+	echo 'make stress-reset the guest is reset resets=3 times while it pulls an image (a part of make stress); seed=7 repeats the moments'
 	echo 'make demo        pull an image and run it with our runtime, in the test bed'
 	echo 'make bench       time ctr run against runc, in the test bed; n=20 runs of each'
 	echo 'make bench-snapshots  time the calls of three snapshotters; counts=10,1000 n=10 unpack=60x20x4096'
@@ -59,8 +60,13 @@ fuzz:
 stress:
 	mkdir -p bin
 	CGO_ENABLED=0 go test -c -tags bed -o bin/integration.test ./integration
-	program=$$($(bed) stress-program) && integration/testbed/vm-run -f bin/integration.test -f "$$program" -f integration/stress/guest \
+	CGO_ENABLED=0 go test -c -tags bed -o bin/snapshotter.test ./snapshotter
+	program=$$($(bed) stress-program) && integration/testbed/vm-run -f bin/integration.test -f bin/snapshotter.test -f "$$program" -f integration/stress/guest \
 		'bash ./guest $(or $(restarts),1000) $(or $(operations),1000) $(or $(duration),10m) $(seed)'
+	$(MAKE) stress-reset
+
+stress-reset:
+	$(bed) stress-reset -n $(or $(resets),3) $(if $(seed),-seed $(seed))
 
 # the core of containerd's client suite
 test-suite:

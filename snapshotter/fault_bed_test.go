@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"slices"
 	"sort"
@@ -13,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
 
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
@@ -175,6 +177,17 @@ func TestRestart(t *testing.T) {
 	}
 	if _, err := New(ctx, z, filepath.Join(root, "other"), dataset); err == nil {
 		t.Error("a second store on the same dataset")
+	}
+	// Without the records every dataset would be an orphan.
+	records := filepath.Join(root, "metadata.db")
+	if err := os.Rename(records, records+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(ctx, z, root, dataset); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("a daemon whose records are lost: %v", err)
+	}
+	if err := os.Rename(records+".away", records); err != nil {
+		t.Fatal(err)
 	}
 	for name, p := range map[string]zfs.Properties{
 		"/900":   {propID: "900", "mountpoint": "none"}, // an orphan

@@ -3,8 +3,9 @@
 // dataset that bear its mark, and touches no other dataset. It never mounts.
 //
 // A record is written before its dataset is made, and dropped before its
-// dataset is destroyed; so whatever a crash leaves is a marked dataset without
-// a record, which Cleanup destroys. No bolt transaction is open while ZFS works.
+// dataset is destroyed; so what a crash leaves is a marked dataset without a
+// record, which Cleanup destroys, or a record that is known to be of a dataset
+// not made yet, which New drops. No bolt transaction is open while ZFS works.
 package snapshotter
 
 import (
@@ -27,6 +28,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/moby/locker"
+	"github.com/moby/sys/atomicwriter"
 	"golang.org/x/sys/unix"
 
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
@@ -53,6 +55,7 @@ type snapshotter struct {
 	ms      *storage.MetaStore
 	lock    *os.File
 
+	creating  creations
 	commits   *locker.Locker // by key: a leftover @snapshot of a crash is told from a racing Commit's
 	objects   objects
 	cleanupMu sync.Mutex
@@ -106,17 +109,41 @@ func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ snapshots.Snap
 	}
 	bg, stop := context.WithCancel(context.WithoutCancel(ctx))
 	s := &snapshotter{zfs: z, dataset: dataset, ms: ms, lock: lock, commits: locker.New(), stop: stop, done: make(chan struct{})}
+	if err = s.bind(ctx, store); err == nil {
+		err = s.dropUnfinished(ctx)
+	}
+	if err == nil {
+		err = syncDir(root) // metadata.db may be new
+	}
+	if err != nil {
+		stop()
+		return nil, errors.Join(fmt.Errorf("reading the metadata: %w", err), ms.Close())
+	}
 	go s.sweep(bg)
 	return s, nil
 }
 
+// storeID is in a file that is whole and on the disk before the id is used: a
+// dataset that was claimed for an id nobody knows any more would have to be
+// given back by hand.
 func storeID(path string) (string, error) {
 	b, err := os.ReadFile(path)
 	if errors.Is(err, os.ErrNotExist) {
 		b = []byte(rand.Text())
-		err = os.WriteFile(path, b, 0o600)
+		if err = atomicwriter.WriteFile(path, b, 0o600); err == nil {
+			err = syncDir(filepath.Dir(path))
+		}
 	}
 	return strings.TrimSpace(string(b)), err
+}
+
+// syncDir makes the names in a directory last.
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
 }
 
 // claim marks the parent dataset with this store's id, so that a daemon with
@@ -148,6 +175,9 @@ func (s *snapshotter) sweep(ctx context.Context) {
 		if err := s.Cleanup(ctx); err != nil && ctx.Err() == nil {
 			log.G(ctx).WithError(err).Warn("cleanup")
 		}
+		if err := s.settle(ctx); err != nil && ctx.Err() == nil {
+			log.G(ctx).WithError(err).Warn("settling what was made")
+		}
 		select {
 		case <-ctx.Done():
 			return
@@ -160,7 +190,7 @@ func (s *snapshotter) Close() error {
 	s.closeOnce.Do(func() {
 		s.stop()
 		<-s.done
-		s.closeErr = errors.Join(s.ms.Close(), s.lock.Close())
+		s.closeErr = errors.Join(s.settle(context.Background()), s.ms.Close(), s.lock.Close())
 	})
 	return s.closeErr
 }
@@ -176,7 +206,7 @@ func (s *snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info
 }
 
 func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpaths ...string) (out snapshots.Info, err error) {
-	err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+	err = s.write(ctx, func(ctx context.Context) error {
 		out, err = storage.UpdateInfo(ctx, info, fieldpaths...)
 		return err
 	})
@@ -184,9 +214,17 @@ func (s *snapshotter) Update(ctx context.Context, info snapshots.Info, fieldpath
 }
 
 func (s *snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, fs ...string) error {
-	return s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		return storage.WalkInfo(ctx, fn, fs...)
+	called := false
+	err := s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		return storage.WalkInfo(ctx, func(ctx context.Context, info snapshots.Info) error {
+			called = true
+			return fn(ctx, info)
+		}, fs...)
 	})
+	if errdefs.IsNotFound(err) && !called {
+		return nil // there never was a record
+	}
+	return err
 }
 
 func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, error) {
@@ -205,7 +243,8 @@ func (s *snapshotter) Usage(ctx context.Context, key string) (snapshots.Usage, e
 	if err != nil || info.Kind == snapshots.KindCommitted {
 		return usage, err
 	}
-	return s.usage(ctx, s.name(id), parents)
+	usage, err = s.usage(ctx, s.name(id), parents)
+	return usage, s.lost(ctx, err, id, key)
 }
 
 func (s *snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
@@ -237,18 +276,22 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		props["refquota"] = v
 	}
 	var sn storage.Snapshot
-	err := s.ms.WithTransaction(ctx, true, func(ctx context.Context) (err error) {
+	err := s.write(ctx, func(ctx context.Context) (err error) {
 		sn, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...)
+		if err == nil {
+			s.creating.begin(sn.ID)
+		}
 		return err
 	})
+	defer func() { s.creating.end(sn.ID) }()
 	if err != nil {
 		return nil, fmt.Errorf("recording snapshot %s: %w", key, err)
 	}
 	props[propID] = sn.ID
 	if len(sn.ParentIDs) == 0 {
-		err = s.zfs.Create(ctx, s.name(sn.ID), props)
+		err = s.lostRoot(s.zfs.Create(ctx, s.name(sn.ID), props))
 	} else {
-		err = s.zfs.Clone(ctx, s.name(sn.ParentIDs[0])+committed, s.name(sn.ID), props)
+		err = s.lost(ctx, s.zfs.Clone(ctx, s.name(sn.ParentIDs[0])+committed, s.name(sn.ID), props), sn.ParentIDs[0], parent)
 	}
 	if err != nil {
 		err = fmt.Errorf("making %s for snapshot %s: %w", s.name(sn.ID), key, s.tooSmall(ctx, err, sn, props["refquota"]))
@@ -304,7 +347,7 @@ func checkMapping(labels map[string]string) error {
 // undoCreate drops the record of a dataset that could not be made. If zfs was
 // killed half way, the dataset is now an orphan that Cleanup destroys.
 func (s *snapshotter) undoCreate(ctx context.Context, key string) error {
-	return s.ms.WithTransaction(context.WithoutCancel(ctx), true, func(ctx context.Context) error {
+	return s.write(context.WithoutCancel(ctx), func(ctx context.Context) error {
 		_, _, err := storage.Remove(ctx, key)
 		return err
 	})
@@ -370,11 +413,11 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("committing %s: %w", key, err)
+		return fmt.Errorf("committing %s: %w", key, s.lost(ctx, err, id, key))
 	}
 	usage, err := s.usage(ctx, snap, parents)
 	if err == nil {
-		err = s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+		err = s.write(ctx, func(ctx context.Context) error {
 			_, err := storage.CommitActive(ctx, key, name, usage, opts...)
 			return err
 		})
@@ -389,7 +432,7 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 
 // Remove drops the record; the dataset goes with the next Cleanup.
 func (s *snapshotter) Remove(ctx context.Context, key string) error {
-	return s.ms.WithTransaction(ctx, true, func(ctx context.Context) error {
+	return s.write(ctx, func(ctx context.Context) error {
 		_, _, err := storage.Remove(ctx, key)
 		return err
 	})
@@ -403,7 +446,7 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 	// Datasets before records: one made in between is in the records only.
 	names, err := s.zfs.Children(ctx, s.dataset)
 	if err != nil {
-		return fmt.Errorf("listing %s: %w", s.dataset, err)
+		return fmt.Errorf("listing %s: %w", s.dataset, s.lostRoot(err))
 	}
 	var live map[string]string
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {

@@ -24,14 +24,27 @@ var pools atomic.Int64
 // makePool makes a pool in a file, for one test.
 func makePool(t *testing.T) string {
 	t.Helper()
-	img := filepath.Join(t.TempDir(), "pool")
+	pool, _ := makePoolOf(t, 4<<30)
+	return pool
+}
+
+// makeSmallPool makes one that is soon full, and says where its file is.
+func makeSmallPool(t *testing.T) (pool, dir string) {
+	t.Helper()
+	return makePoolOf(t, 64<<20)
+}
+
+func makePoolOf(t *testing.T, size int64) (pool, dir string) {
+	t.Helper()
+	dir = t.TempDir()
+	img := filepath.Join(dir, "pool")
 	if err := os.WriteFile(img, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Truncate(img, 4<<30); err != nil {
+	if err := os.Truncate(img, size); err != nil {
 		t.Fatal(err)
 	}
-	pool := fmt.Sprintf("cpve%d-%d", os.Getpid(), pools.Add(1))
+	pool = fmt.Sprintf("cpve%d-%d", os.Getpid(), pools.Add(1))
 	if out, err := exec.Command("zpool", "create", "-m", "none", pool, img).CombinedOutput(); err != nil {
 		t.Fatalf("zpool create: %v: %s", err, out)
 	}
@@ -40,7 +53,7 @@ func makePool(t *testing.T) string {
 			t.Errorf("zpool destroy: %v: %s", err, out)
 		}
 	})
-	return pool
+	return pool, dir
 }
 
 // open opens a way to ZFS for a test.

@@ -10,6 +10,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	zfs "github.com/mistifyio/go-zfs/v3"
+	"golang.org/x/sys/unix"
 )
 
 // goZFS is ZFS by the go-zfs module, which runs the zfs program.
@@ -101,6 +102,10 @@ func (z goZFS) Snapshot(ctx context.Context, name string, p Properties) error {
 	return nil
 }
 
+// room is about what ZFS wants to have free to make a dataset or a snapshot
+// (three blocks of 16 KiB), though less is there.
+const room = 64 << 10
+
 // explain gives a failed creation of name out of origin its kind, by looking at
 // what is there now. It takes its space from the filesystem space.
 func explain(ctx context.Context, err error, name, origin, space string) error {
@@ -116,8 +121,17 @@ func explain(ctx context.Context, err error, name, origin, space string) error {
 	if _, gerr := get(ctx, origin); gerr != nil {
 		return fmt.Errorf("%w: %s: %w", err, origin, errdefs.ErrNotFound)
 	}
-	if d, gerr := get(ctx, space); gerr == nil && d.Avail == 0 {
-		return fmt.Errorf("%w: no space left in %s: %w", err, space, errdefs.ErrResourceExhausted)
+	if d, gerr := get(ctx, space); gerr == nil && d.Avail < room {
+		return fmt.Errorf("%w: %s in %s: %w", err, NoSpace, space, errdefs.ErrResourceExhausted)
+	}
+	return readOnly(ctx, err, name)
+}
+
+// readOnly gives a failed change its kind if the pool is imported read-only.
+func readOnly(ctx context.Context, err error, name string) error {
+	p, perr := call(ctx, "list the pool of", name, func() (*zfs.Zpool, error) { return zfs.GetZpool(pool(name)) })
+	if perr == nil && p.ReadOnly {
+		return fmt.Errorf("%w: %w", err, &Error{Op: "change", Name: name, Reason: ReadOnly, Errno: unix.EROFS})
 	}
 	return err
 }
@@ -144,6 +158,9 @@ func (goZFS) Destroy(ctx context.Context, name string) error {
 	}
 	if _, gerr := get(ctx, name); gerr != nil {
 		return gerr
+	}
+	if rerr := readOnly(ctx, err, name); errdefs.IsFailedPrecondition(rerr) {
+		return rerr
 	}
 	return fmt.Errorf("%w: in use: %w", err, errdefs.ErrFailedPrecondition)
 }

@@ -195,6 +195,40 @@ func (m *Machine) alive() bool {
 // Dead is closed when the machine that this program started has ended.
 func (m *Machine) Dead() <-chan struct{} { return m.dead }
 
+// Reset presses the reset button: the guest gets no word of it, and boots again
+// from its disks, which keep what it had written to them. It returns when the
+// guest answers.
+func (m *Machine) Reset(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
+	q, err := m.monitor(ctx)
+	if err != nil {
+		return err
+	}
+	defer q.conn.Close()
+	// Otherwise a guest that boots again ends the machine.
+	if _, err := q.call("set-action", map[string]any{"reboot": "reset"}); err != nil {
+		return err
+	}
+	if _, err := q.call("system_reset", nil); err != nil {
+		return err
+	}
+	// Until then the old guest might answer.
+	if err = q.event(ctx, "RESET"); err == nil {
+		err = m.Client.Wait(ctx)
+	}
+	if err == nil {
+		err = m.Client.Resumed(ctx)
+	}
+	if err == nil {
+		_, err = q.call("set-action", map[string]any{"reboot": "shutdown"})
+	}
+	if err != nil {
+		return fmt.Errorf("guest after a reset: %w; its console:\n%s", err, m.Console())
+	}
+	return nil
+}
+
 // Kill ends the machine, and returns when it is gone.
 func (m *Machine) Kill() error {
 	for range 1000 {

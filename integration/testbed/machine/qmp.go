@@ -16,6 +16,7 @@ type qmp struct {
 }
 
 type qmpReply struct {
+	Event  string          `json:"event"`
 	Return json.RawMessage `json:"return"`
 	Error  *struct {
 		Desc string `json:"desc"`
@@ -71,6 +72,21 @@ func (q *qmp) call(command string, arguments any) (json.RawMessage, error) {
 		}
 		if r.Return != nil { // else an event
 			return r.Return, nil
+		}
+	}
+}
+
+// event reads on until there is one of that name.
+func (q *qmp) event(ctx context.Context, name string) error {
+	stop := context.AfterFunc(ctx, func() { q.conn.Close() })
+	defer stop()
+	for {
+		var r qmpReply
+		if err := q.dec.Decode(&r); err != nil {
+			return fmt.Errorf("waiting for %s: %w", name, err)
+		}
+		if r.Event == name {
+			return nil
 		}
 	}
 }

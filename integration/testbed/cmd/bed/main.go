@@ -23,6 +23,7 @@ const usage = `usage: bed COMMAND    (in the checkout's root)
   run [-f FILE]... CMD   run CMD with bash in the guest, the daemons up; FILEs go to /work first
   shell                  a shell in that guest
   down                   end that guest
+  stress-reset [-n 3] [-seed N]   reset a guest n times while it pulls an image, and look at what it has afterwards
   stress-program         build containerd-stress, if it is not in the cache, and print its path
   test [PACKAGE...]      run the packages' bed tests, each in a guest of its own (TESTBED=host: on this host)
   conformance [-core] [-run PATTERN] [-update]   run containerd's client suite (all of it, the core, what matches) in a
@@ -96,6 +97,8 @@ func command(ctx context.Context, args []string) error {
 		return b.shell(ctx)
 	case "down":
 		return b.down()
+	case "stress-reset":
+		return b.stressReset(ctx, args[1:])
 	case "stress-program":
 		return b.stressProgram(ctx)
 	case "test":

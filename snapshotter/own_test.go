@@ -1,0 +1,257 @@
+package snapshotter
+
+import (
+	"context"
+	"maps"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
+)
+
+// fake is a ZFS that has only names and user properties.
+type fake struct {
+	mu       sync.Mutex
+	datasets map[string]zfs.Properties
+	creating func(name string) // called before a filesystem is made
+}
+
+func (f *fake) Create(_ context.Context, name string, p zfs.Properties) error {
+	if f.creating != nil {
+		f.creating(name)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.datasets[name] != nil {
+		return errdefs.ErrAlreadyExists
+	}
+	f.datasets[name] = maps.Clone(p)
+	return nil
+}
+
+func (f *fake) Clone(ctx context.Context, snapshot, name string, p zfs.Properties) error {
+	if _, err := f.Property(ctx, snapshot, ""); err != nil {
+		return err
+	}
+	return f.Create(ctx, name, p)
+}
+
+func (f *fake) Snapshot(ctx context.Context, name string, p zfs.Properties) error {
+	dataset, _, _ := strings.Cut(name, "@")
+	return f.Clone(ctx, dataset, name, p)
+}
+
+func (f *fake) Destroy(ctx context.Context, name string) error {
+	if _, err := f.Property(ctx, name, ""); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.datasets, name)
+	return nil
+}
+
+func (f *fake) DestroyAll(ctx context.Context, names []string) (map[string]error, error) {
+	for _, name := range names {
+		_ = f.Destroy(ctx, name) // it can only be gone already
+	}
+	return nil, nil
+}
+
+func (f *fake) Property(_ context.Context, name, property string) (string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	p := f.datasets[name]
+	if p == nil {
+		return "", errdefs.ErrNotFound
+	}
+	if v, ok := p[property]; ok {
+		return v, nil
+	}
+	return zfs.Unset, nil
+}
+
+func (f *fake) Set(_ context.Context, name, property, value string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.datasets[name][property] = value
+	return nil
+}
+
+func (f *fake) Space(ctx context.Context, name string) (zfs.Space, error) {
+	_, err := f.Property(ctx, name, "")
+	return zfs.Space{Used: 1, Referenced: 1}, err
+}
+
+func (f *fake) Objects(context.Context, string) (int64, error) { return 0, errdefs.ErrNotImplemented }
+
+func (f *fake) Children(_ context.Context, parent string) ([]string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var names []string
+	for name := range f.datasets {
+		if path.Dir(name) == parent && !strings.Contains(name, "@") {
+			names = append(names, name)
+		}
+	}
+	return names, nil
+}
+
+func (f *fake) Close() error { return nil }
+
+func (f *fake) rename(from, to string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.datasets[to] = f.datasets[from]
+	delete(f.datasets, from)
+}
+
+const parent = "pool/parent"
+
+func start(t *testing.T, z zfs.ZFS, root string) snapshots.Snapshotter {
+	t.Helper()
+	s, err := New(context.Background(), z, root, parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func keys(t *testing.T, s snapshots.Snapshotter) string {
+	t.Helper()
+	var all []string
+	err := s.Walk(context.Background(), func(_ context.Context, i snapshots.Info) error {
+		all = append(all, i.Name)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(all)
+	return strings.Join(all, " ")
+}
+
+// copyOf is what a crash at this moment leaves of a root.
+func copyOf(t *testing.T, root string) string {
+	t.Helper()
+	to := filepath.Join(t.TempDir(), "root")
+	if err := os.CopyFS(to, os.DirFS(root)); err != nil {
+		t.Fatal(err)
+	}
+	return to
+}
+
+// TestUnfinished: a start drops the record of a dataset that was being made and
+// is not there; it keeps those whose datasets were renamed, and those that were made.
+func TestUnfinished(t *testing.T) {
+	ctx, z, root := context.Background(), &fake{datasets: map[string]zfs.Properties{}}, filepath.Join(t.TempDir(), "root")
+	s := start(t, z, root)
+	prepare := func(key string) string {
+		t.Helper()
+		m, err := s.Prepare(ctx, key, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return m[0].Source
+	}
+	renamed := prepare("renamed")
+	prepare("there")
+	var before, after string
+	z.creating = func(string) { before = copyOf(t, root) }
+	made := prepare("made")
+	z.creating = nil
+	after = copyOf(t, root) // no transaction has told yet that it was made
+	z.rename(renamed, parent+"/away")
+
+	if got := keys(t, start(t, z, after)); got != "made renamed there" {
+		t.Errorf("when all was made: %s", got)
+	}
+	if _, err := z.Property(ctx, made, ""); err != nil {
+		t.Errorf("what was made: %v", err)
+	}
+	z.rename(made, "elsewhere/made")
+	first := start(t, z, before)
+	if got := keys(t, first); got != "renamed there" {
+		t.Errorf("when one was not made: %s", got)
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := keys(t, start(t, z, before)); got != "renamed there" {
+		t.Errorf("the next time: %s", got)
+	}
+
+	// Once it was told, a dataset that is missing was renamed.
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := keys(t, start(t, z, root)); got != "made renamed there" {
+		t.Errorf("after an orderly end: %s", got)
+	}
+}
+
+// TestFailedCreation leaves no record, now and after the next start.
+func TestFailedCreation(t *testing.T) {
+	ctx, z, root := context.Background(), &fake{datasets: map[string]zfs.Properties{}}, filepath.Join(t.TempDir(), "root")
+	s := start(t, z, root)
+	if got := keys(t, s); got != "" { // not that there is no such thing, as before the first record
+		t.Errorf("records of a new store: %s", got)
+	}
+	z.creating = func(name string) { z.datasets[name] = zfs.Properties{} } // somebody was faster
+	if _, err := s.Prepare(ctx, "key", ""); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("prepare: %v", err)
+	}
+	if got := keys(t, s); got != "" {
+		t.Errorf("records %s", got)
+	}
+	z.creating = nil
+	if got := keys(t, start(t, z, copyOf(t, root))); got != "" {
+		t.Errorf("records after the next start: %s", got)
+	}
+}
+
+// TestBind: records that do not belong to the datasets are refused.
+func TestBind(t *testing.T) {
+	ctx, z, root := context.Background(), &fake{datasets: map[string]zfs.Properties{}}, filepath.Join(t.TempDir(), "root")
+	s := start(t, z, root)
+	m, err := s.Prepare(ctx, "key", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	lost := copyOf(t, root)
+	if err := os.Remove(filepath.Join(lost, "metadata.db")); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // a refusal is no beginning
+		if _, err := New(ctx, z, lost, parent); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), m[0].Source) {
+			t.Errorf("without the records: %v", err)
+		}
+	}
+	mixed := copyOf(t, root)
+	b, err := os.ReadFile(filepath.Join(mixed, "store"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	z.datasets[parent][propStore] = "another" + string(b)
+	if err := os.WriteFile(filepath.Join(mixed, "store"), []byte("another"+string(b)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := New(ctx, z, mixed, parent); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "metadata.db") {
+		t.Errorf("with another store's records: %v", err)
+	}
+	if _, err := z.Property(ctx, m[0].Source, ""); err != nil {
+		t.Errorf("the dataset: %v", err)
+	}
+}
