@@ -45,7 +45,6 @@ const (
 
 	committed = "@snapshot"
 
-	undoTimeout   = 2 * time.Minute
 	retryInterval = 5 * time.Minute
 )
 
@@ -407,7 +406,7 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	describe(props, propName, name)
 	err = s.zfs.Snapshot(ctx, snap, props)
 	if errdefs.IsAlreadyExists(err) {
-		// The record is active, so a crash came between snapshot and record.
+		// The record is active, so a crash or an error came between snapshot and record.
 		if err = s.zfs.Destroy(ctx, snap); err == nil {
 			err = s.zfs.Snapshot(ctx, snap, props)
 		}
@@ -423,9 +422,9 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		})
 	}
 	if err != nil {
-		uctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
-		defer cancel()
-		return errors.Join(fmt.Errorf("committing %s: %w", key, err), s.zfs.Destroy(uctx, snap))
+		// The @snapshot stays: the next Commit takes it anew, Remove takes it along. A
+		// record that is on the disk, though its last sync failed, would miss it.
+		return fmt.Errorf("committing %s: %w", key, err)
 	}
 	return nil
 }
