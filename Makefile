@@ -89,8 +89,8 @@ bench:
 
 bench-snapshots:
 	mkdir -p bin
-	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o bin/snapshots ./integration/bench/snapshots
-	integration/testbed/vm-run -f bin/snapshots './snapshots --dataset tank/bench --counts $(or $(counts),10,1000) -n $(or $(n),10) $(if $(unpack),--unpack $(unpack)) $(if $(format),--format $(format))'
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o bin/bench ./integration/bench
+	integration/testbed/vm-run -f bin/bench './bench snapshots --dataset tank/bench --counts $(or $(counts),10,1000) -n $(or $(n),10) $(if $(unpack),--unpack $(unpack)) $(if $(format),--format $(format))'
 
 vm-run:
 	integration/testbed/vm-run

@@ -179,12 +179,7 @@ func TestDiff(t *testing.T) {
 	const pool = "zfsdiff"
 	testPool(t, pool)
 	ctx, n := context.Background(), openNative(t)
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	must := orFail(t)
 	dir := t.TempDir()
 	mounted := func(dataset, script string) {
 		t.Helper()

@@ -16,12 +16,7 @@ func TestContents(t *testing.T) {
 	const pool = "zfslist"
 	testPool(t, pool)
 	ctx, n := context.Background(), openNative(t)
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	must := orFail(t)
 	must(n.Create(ctx, pool+"/c", Properties{"mountpoint": "none", "x:inherited": "v"}))
 	must(n.Create(ctx, pool+"/c/1", Properties{"mountpoint": "legacy", "x:key": "a b\tc\nd"}))
 	must(n.Snapshots(ctx, []string{pool + "/c/1@s"}, Properties{"x:name": "sha256:1"}))

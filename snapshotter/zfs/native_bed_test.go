@@ -31,12 +31,7 @@ func TestNative(t *testing.T) {
 	const pool = "zfsops"
 	testPool(t, pool)
 	ctx, n := context.Background(), openNative(t)
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	must := orFail(t)
 	is := func(want string, args ...string) {
 		t.Helper()
 		if got := zfsSays(t, args...); got != want {
@@ -177,12 +172,7 @@ func TestDestroyAll(t *testing.T) {
 	n := openNative(t)
 	for _, z := range []ZFS{n, goZFS{}} {
 		ctx := context.Background()
-		must := func(err error) {
-			t.Helper()
-			if err != nil {
-				t.Fatal(err)
-			}
-		}
+		must := orFail(t)
 		name := func(i int) string { return fmt.Sprintf("%s/%d", pool, i) }
 		must(z.Create(ctx, name(0), Properties{"mountpoint": "legacy"}))
 		for i := range 4 {
@@ -251,12 +241,7 @@ func TestObjects(t *testing.T) {
 	const pool = "zfsobjects"
 	testPool(t, pool)
 	n, ctx := openNative(t), context.Background()
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	must := orFail(t)
 	must(n.Create(ctx, pool+"/a", Properties{"mountpoint": "legacy"}))
 	must(n.Snapshot(ctx, pool+"/a@empty", nil))
 	dir := t.TempDir()

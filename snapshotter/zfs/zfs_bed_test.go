@@ -36,6 +36,16 @@ func testPool(t *testing.T, pool string) {
 	t.Cleanup(func() { _ = exec.Command("zpool", "destroy", "-f", pool).Run() })
 }
 
+// orFail ends the test for a step that it only builds on.
+func orFail(t *testing.T) func(error) {
+	return func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 func openNative(t *testing.T) *Native {
 	t.Helper()
 	n, err := OpenNative()
@@ -68,12 +78,7 @@ func TestErrors(t *testing.T) {
 func testErrors(t *testing.T, z ZFS, pool string) {
 	ctx := context.Background()
 	legacy := Properties{"mountpoint": "legacy", "a:b": "some value"}
-	must := func(err error) {
-		t.Helper()
-		if err != nil {
-			t.Fatal(err)
-		}
-	}
+	must := orFail(t)
 	must(z.Create(ctx, pool+"/a", legacy))
 	must(z.Snapshot(ctx, pool+"/a@s", nil))
 	must(z.Clone(ctx, pool+"/a@s", pool+"/b", legacy))

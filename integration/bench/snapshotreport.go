@@ -1,13 +1,9 @@
 package main
 
 import (
-	"bytes"
-	"encoding/json"
 	"fmt"
 	"io"
-	"slices"
 	"strings"
-	"text/tabwriter"
 	"time"
 )
 
@@ -48,9 +44,7 @@ func (r *report) add(snapshots int, call, snapshotter string, took time.Duration
 		r.Measurements = append(r.Measurements, m)
 	}
 	m.Seconds = append(m.Seconds, took.Seconds())
-	sorted := slices.Sorted(slices.Values(m.Seconds))
-	n := len(sorted)
-	m.Median = (sorted[(n-1)/2] + sorted[n/2]) / 2
+	m.Median = median(m.Seconds)
 }
 
 // columns are the snapshotters, ours first.
@@ -58,46 +52,23 @@ var columns = []string{"pve-zfs", "zfs", "overlayfs"}
 
 func (r *report) write(w io.Writer, format string) error {
 	if format == "json" {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(r)
+		return writeJSON(w, r)
 	}
-	var table bytes.Buffer
-	t := tabwriter.NewWriter(&table, 0, 0, 1, ' ', tabwriter.Debug)
-	fmt.Fprintf(t, "\tsnapshots\tcall\truns\t%s\tzfs / pve-zfs\toverlayfs / pve-zfs\t\n", strings.Join(columns, "\t"))
-	fmt.Fprintf(t, "\t--:\t:--\t--:\t--:\t--:\t--:\t--:\t--:\t\n")
-	done := map[string]bool{}
-	for _, m := range r.Measurements {
-		row := fmt.Sprint(m.Snapshots, m.Call)
-		if done[row] {
-			continue
-		}
-		done[row] = true
-		fmt.Fprintf(t, "\t%d\t%s\t%d", m.Snapshots, m.Call, len(m.Seconds))
-		var medians [3]float64
-		for i, c := range columns {
-			if of := r.find(m.Snapshots, m.Call, c); of != nil {
-				medians[i] = of.Median
+	err := writeTable(w, func(t io.Writer) {
+		fmt.Fprintf(t, "\tsnapshots\tcall\truns\t%s\tzfs / pve-zfs\toverlayfs / pve-zfs\t\n", strings.Join(columns, "\t"))
+		fmt.Fprintf(t, "\t--:\t:--\t--:\t--:\t--:\t--:\t--:\t--:\t\n")
+		done := map[string]bool{}
+		for _, m := range r.Measurements {
+			row := fmt.Sprint(m.Snapshots, m.Call)
+			if done[row] {
+				continue
 			}
-			fmt.Fprintf(t, "\t%.1f ms", 1000*medians[i])
+			done[row] = true
+			r.row(t, m)
 		}
-		for _, other := range medians[1:] {
-			if medians[0] > 0 {
-				fmt.Fprintf(t, "\t%.2f", other/medians[0])
-			} else {
-				fmt.Fprint(t, "\t-")
-			}
-		}
-		fmt.Fprint(t, "\t\n")
-	}
-	if err := t.Flush(); err != nil {
+	})
+	if err != nil {
 		return err
-	}
-	for line := range strings.Lines(table.String()) {
-		// The empty first cell gives the line its first bar, and a blank before it.
-		if _, err := io.WriteString(w, strings.TrimPrefix(line, " ")); err != nil {
-			return err
-		}
 	}
 	for _, m := range r.Memory {
 		if _, err := fmt.Fprintf(w, "\nOur daemon with %d snapshots: %.1f MiB in RAM.\n", m.Snapshots, float64(m.KiB)/1024); err != nil {
@@ -105,4 +76,24 @@ func (r *report) write(w io.Writer, format string) error {
 		}
 	}
 	return nil
+}
+
+// row is one call, with what each snapshotter took for it.
+func (r *report) row(t io.Writer, m *measurement) {
+	fmt.Fprintf(t, "\t%d\t%s\t%d", m.Snapshots, m.Call, len(m.Seconds))
+	var medians [3]float64
+	for i, c := range columns {
+		if of := r.find(m.Snapshots, m.Call, c); of != nil {
+			medians[i] = of.Median
+		}
+		fmt.Fprintf(t, "\t%.1f ms", 1000*medians[i])
+	}
+	for _, other := range medians[1:] {
+		if medians[0] > 0 {
+			fmt.Fprintf(t, "\t%.2f", other/medians[0])
+		} else {
+			fmt.Fprint(t, "\t-")
+		}
+	}
+	fmt.Fprint(t, "\t\n")
 }

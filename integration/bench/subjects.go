@@ -43,7 +43,7 @@ type subject struct {
 }
 
 // makeSubjects makes the datasets; remove takes all away again.
-func makeSubjects(ctx context.Context, o options) (_ []*subject, _ func() error, err error) {
+func makeSubjects(ctx context.Context, o snapshotOptions) (_ []*subject, _ func() error, err error) {
 	z, err := zfs.New(ctx, zfs.NativeOnly)
 	if err != nil {
 		return nil, nil, err
@@ -110,7 +110,7 @@ func makeSubjects(ctx context.Context, o options) (_ []*subject, _ func() error,
 }
 
 // serve starts our daemon and connects to it.
-func (s *subject) serve(ctx context.Context, o options, dir string) (snapshots.Snapshotter, error) {
+func (s *subject) serve(ctx context.Context, o snapshotOptions, dir string) (snapshots.Snapshotter, error) {
 	address := filepath.Join(dir, "ours.sock")
 	s.daemon = exec.Command(o.daemon, "serve", "--config", os.DevNull, "--zfs", zfs.NativeOnly, "--dataset", o.dataset+"/ours", "--root", s.root, "--address", address, "--log-level", "warn")
 	s.daemon.Stderr = os.Stderr

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-func TestReport(t *testing.T) {
+func TestRunReport(t *testing.T) {
 	results := []result{
 		{setup: setups[0], Seconds: []float64{0.3, 0.1, 0.2}},
 		{setup: setups[1], Seconds: []float64{0.4, 0.1, 0.3, 0.8}},
@@ -16,7 +16,7 @@ func TestReport(t *testing.T) {
 		t.Errorf("%+v", results)
 	}
 	var out bytes.Buffer
-	if err := report(&out, "markdown", results); err != nil {
+	if err := reportRuns(&out, "markdown", results); err != nil {
 		t.Fatal(err)
 	}
 	lines := strings.Split(strings.TrimSpace(out.String()), "\n")
@@ -24,14 +24,14 @@ func TestReport(t *testing.T) {
 		t.Errorf("table:\n%s", out.String())
 	}
 	out.Reset()
-	if err := report(&out, "json", results); err != nil || !strings.Contains(out.String(), `"median": 0.35`) {
+	if err := reportRuns(&out, "json", results); err != nil || !strings.Contains(out.String(), `"median": 0.35`) {
 		t.Errorf("%v\n%s", err, out.String())
 	}
 }
 
 func TestBadFlags(t *testing.T) {
 	for _, args := range [][]string{{"-n", "0"}, {"--format", "xml"}} {
-		c := command()
+		c := runCommand()
 		c.SetArgs(args)
 		if err := c.Execute(); err == nil || !strings.Contains(err.Error(), args[1]) {
 			t.Errorf("%v: %v", args, err)

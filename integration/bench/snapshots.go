@@ -1,32 +1,20 @@
-// Command snapshots times the calls of our snapshotter against containerd's own
-// zfs snapshotter and overlayfs, all three on one pool and in turns in one run,
-// with few snapshots there and with many, and the unpacking of images. It owns
-// the dataset that it is given, which it makes and destroys, and needs root.
-//
-// Ours is measured as containerd meets it: as a daemon, through its socket. The
-// other two run within this process, as they do within containerd.
 package main
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
-	"os/signal"
 	"slices"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/log"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 )
 
-type options struct {
+type snapshotOptions struct {
 	dataset string
 	daemon  string
 	counts  []int
@@ -36,33 +24,21 @@ type options struct {
 	format  string
 }
 
-func main() { os.Exit(run()) }
-
-// run gives the exit status, after its deferred calls.
-func run() int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := command().ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(os.Stderr, "snapshots:", err)
-		return 1
-	}
-	return 0
-}
-
-func command() *cobra.Command {
-	var o options
+func snapshotsCommand() *cobra.Command {
+	var o snapshotOptions
 	c := &cobra.Command{
-		Use:           "snapshots --dataset POOL/NAME",
-		Short:         "time the calls of three snapshotters, in turns",
-		Args:          cobra.NoArgs,
-		SilenceUsage:  true,
-		SilenceErrors: true,
+		Use:   "snapshots --dataset POOL/NAME",
+		Short: "time the calls of three snapshotters, in turns",
+		Long: `Times the calls of our snapshotter against containerd's own zfs snapshotter and overlayfs, all three on one pool, with few
+snapshots there and with many, and the unpacking of images. Ours is a daemon, met through its socket; the other two run within
+this process, as they do within containerd. Needs root; the dataset is made and destroyed.`,
+		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if o.runs < 1 || o.layers < 1 || !slices.IsSorted(o.counts) || o.dataset == "" {
 				return errors.New("give --dataset, at least one run and one layer, and --counts in ascending order")
 			}
-			if o.format != "markdown" && o.format != "json" {
-				return fmt.Errorf("--format %q is neither markdown nor json", o.format)
+			if err := checkFormat(o.format); err != nil {
+				return err
 			}
 			var images []image
 			for _, text := range o.images {
@@ -74,7 +50,7 @@ func command() *cobra.Command {
 			}
 			// What the others log of their own failures is in the errors too.
 			_ = log.SetLevel("error")
-			report, err := measure(c.Context(), o, images, progress(c.ErrOrStderr()))
+			report, err := measureSnapshots(c.Context(), o, images, progress(c.ErrOrStderr()))
 			if err != nil {
 				return err
 			}
@@ -87,17 +63,8 @@ func command() *cobra.Command {
 	c.Flags().IntVarP(&o.runs, "runs", "n", 10, "runs of each call")
 	c.Flags().IntVar(&o.layers, "layers", 50, "layers of each image that the snapshots belong to")
 	c.Flags().StringSliceVar(&o.images, "unpack", nil, "images to unpack: `LAYERSxFILESxBYTES`, as 60x20x4096")
-	c.Flags().StringVar(&o.format, "format", "markdown", "markdown or json")
+	formatFlag(c, &o.format)
 	return c
-}
-
-// progress says what is done, on a terminal only.
-func progress(w io.Writer) func(format string, args ...any) {
-	f, ok := w.(*os.File)
-	if !ok || !term.IsTerminal(int(f.Fd())) {
-		return func(string, ...any) {}
-	}
-	return func(format string, args ...any) { fmt.Fprintf(w, "\r\033[K"+format, args...) }
 }
 
 // image is one to be unpacked: so many layers of so many files of so many bytes.
@@ -161,8 +128,8 @@ var steps = []step{
 	}},
 }
 
-// measure makes the subjects and times them at each count.
-func measure(ctx context.Context, o options, images []image, say func(string, ...any)) (_ *report, err error) {
+// measureSnapshots makes the subjects and times them at each count.
+func measureSnapshots(ctx context.Context, o snapshotOptions, images []image, say func(string, ...any)) (_ *report, err error) {
 	subjects, remove, err := makeSubjects(ctx, o)
 	if err != nil {
 		return nil, err
