@@ -68,10 +68,12 @@ const (
 
 // New opens a way to ZFS. With Auto, why it is not the native one is logged.
 // Errors: InvalidArgument for another word; with NativeOnly those of OpenNative.
-func New(ctx context.Context, way string) (ZFS, error) {
+func New(ctx context.Context, way string) (ZFS, error) { return choose(ctx, way, OpenNative) }
+
+func choose(ctx context.Context, way string, native func() (*Native, error)) (ZFS, error) {
 	switch way {
 	case Auto, NativeOnly:
-		n, err := OpenNative()
+		n, err := native()
 		if err == nil {
 			return n, nil
 		}
