@@ -20,6 +20,8 @@ import (
 	eventsapi "github.com/containerd/containerd/api/events"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/events"
+	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
@@ -577,16 +579,37 @@ func removeFIFOs() {
 	}
 }
 
-// TestNothingIsLeft runs and removes 200 containers in a row.
+// TestNothingIsLeft runs and removes 256 containers in a row, one for each exit code.
 func TestNothingIsLeft(t *testing.T) {
-	runs := 200
+	runs := 255
 	if testing.Short() {
 		runs = 10
 	}
+	// By the client: so many ctr would take longer than what is tried.
+	c := connect(t)
+	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), "default"), 20*time.Minute)
+	defer cancel()
+	image, err := c.GetImage(ctx, busybox)
+	must(t, err)
 	one := func(i int) {
-		if out, code := command("ctr", "run", "--rm", "--runtime", ours, "--snapshotter", zfs, busybox, fmt.Sprintf("leak%d", i), "true"); code != 0 {
-			t.Fatal(out)
+		id := fmt.Sprintf("leak%d", i)
+		container, err := c.NewContainer(ctx, id, client.WithImage(image), client.WithSnapshotter(zfs), client.WithNewSnapshot(id, image),
+			client.WithNewSpec(oci.WithImageConfig(image), oci.WithProcessArgs("sh", "-c", fmt.Sprintf("echo out; exit %d", i%256))), client.WithRuntime(ours, nil))
+		must(t, err)
+		var out bytes.Buffer
+		task, err := container.NewTask(ctx, cio.NewCreator(cio.WithStreams(nil, &out, nil)))
+		must(t, err)
+		exit, err := task.Wait(ctx)
+		must(t, err)
+		must(t, task.Start(ctx))
+		st := <-exit
+		task.IO().Wait()
+		if st.Error() != nil || st.ExitCode() != uint32(i%256) || out.String() != "out\n" {
+			t.Fatalf("run %d: exit code %d, %v, output %q", i, st.ExitCode(), st.Error(), out.String())
 		}
+		_, err = task.Delete(ctx)
+		must(t, err)
+		must(t, container.Delete(ctx, client.WithSnapshotCleanup))
 	}
 	one(0)
 	before := count(t)
