@@ -485,7 +485,7 @@ func fromEnv(t *testing.T, variable string, otherwise uint64) uint64 {
 func TestCrash(t *testing.T) {
 	pool := makePool(t)
 	exhaust(t, pool, zfs.NativeOnly)
-	random(t, pool, zfs.NativeOnly, 40, rand.Uint64())
+	random(t, pool, zfs.NativeOnly, 24, rand.Uint64())
 }
 
 // TestLongCrash is the same for longer, and with the zfs program.

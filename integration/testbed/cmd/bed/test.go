@@ -100,7 +100,7 @@ const (
 	// guest keeps one of its processors busy and not the other.
 	guests = 2
 	// perGuest is how many tests of one package share a guest, about.
-	perGuest = 12
+	perGuest = 16
 )
 
 // job is what one guest runs: a package's tests or a part of them.
