@@ -22,6 +22,7 @@ type fake struct {
 	mu       sync.Mutex
 	datasets map[string]zfs.Properties
 	creating func(name string) // called before a filesystem is made
+	objects  int64             // in every snapshot; 0: not counted
 }
 
 func (f *fake) Create(_ context.Context, name string, p zfs.Properties) error {
@@ -91,7 +92,14 @@ func (f *fake) Space(ctx context.Context, name string) (zfs.Space, error) {
 	return zfs.Space{Used: 1, Referenced: 1}, err
 }
 
-func (f *fake) Objects(context.Context, string) (int64, error) { return 0, errdefs.ErrNotImplemented }
+func (f *fake) Objects(context.Context, string) (int64, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.objects == 0 {
+		return 0, errdefs.ErrNotImplemented
+	}
+	return f.objects, nil
+}
 
 func (f *fake) Children(_ context.Context, parent string) ([]string, error) {
 	f.mu.Lock()
@@ -253,5 +261,32 @@ func TestBind(t *testing.T) {
 	}
 	if _, err := z.Property(ctx, m[0].Source, ""); err != nil {
 		t.Errorf("the dataset: %v", err)
+	}
+}
+
+// TestCountedAgain: what a Commit that failed had counted is not taken for what
+// the next one has.
+func TestCountedAgain(t *testing.T) {
+	ctx, f := context.Background(), &fake{datasets: map[string]zfs.Properties{"tank": {}}, objects: 5}
+	s, err := New(ctx, f, t.TempDir(), "tank/c")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err := s.Prepare(ctx, "key", ""); err != nil {
+		t.Fatal(err)
+	}
+	broken := func(*snapshots.Info) error { return errdefs.ErrAborted }
+	if err := s.Commit(ctx, "name", "key", broken); !errdefs.IsAborted(err) {
+		t.Fatalf("a commit that fails after it counted: %v", err)
+	}
+	f.mu.Lock()
+	f.objects = 9
+	f.mu.Unlock()
+	if err := s.Commit(ctx, "name", "key"); err != nil {
+		t.Fatal(err)
+	}
+	if u, err := s.Usage(ctx, "name"); err != nil || u.Inodes != 9 {
+		t.Errorf("%+v, %v: want 9 files", u, err)
 	}
 }

@@ -32,6 +32,18 @@ func (o *objects) get(id string, count func() (int64, error)) (int64, error) {
 	if n, ok := o.of[id]; ok {
 		return n, nil
 	}
+	return o.count(id, count)
+}
+
+// anew counts the files of a snapshot that is being committed: what a Commit that
+// failed has counted may be less.
+func (o *objects) anew(id string, count func() (int64, error)) (int64, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.count(id, count)
+}
+
+func (o *objects) count(id string, count func() (int64, error)) (int64, error) {
 	n, err := count()
 	if err != nil {
 		return 0, err
@@ -71,7 +83,7 @@ func (s *snapshotter) inodes(ctx context.Context, name string, parents []string)
 	var err error
 	if filesystem, _, final := strings.Cut(name, "@"); final {
 		id := strings.TrimPrefix(filesystem, s.dataset+"/")
-		n, err = s.objects.get(id, func() (int64, error) { return s.zfs.Objects(ctx, name) })
+		n, err = s.objects.anew(id, func() (int64, error) { return s.zfs.Objects(ctx, name) })
 	} else {
 		n, err = s.zfs.Objects(ctx, name)
 	}
