@@ -89,10 +89,7 @@ func (s *snapshotter) dropUnfinished(ctx context.Context) error {
 		}
 	}
 	return s.write(ctx, func(ctx context.Context) error {
-		keys, err := storage.IDMap(ctx)
-		if errdefs.IsNotFound(err) {
-			return nil
-		}
+		keys, err := keysByID(ctx)
 		if err != nil {
 			return err
 		}

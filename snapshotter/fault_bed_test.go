@@ -21,14 +21,49 @@ import (
 
 var errInjected = errors.New("injected")
 
-// faulty fails the call number at: before it did anything, or after it did all.
-type faulty struct {
+// watched has a function around each call that asks or changes something.
+type watched struct {
 	zfs.ZFS
+	around func(change bool, do func() error) error
+}
+
+func (w watched) Create(ctx context.Context, name string, p zfs.Properties) error {
+	return w.around(true, func() error { return w.ZFS.Create(ctx, name, p) })
+}
+
+func (w watched) Clone(ctx context.Context, snapshot, name string, p zfs.Properties) error {
+	return w.around(true, func() error { return w.ZFS.Clone(ctx, snapshot, name, p) })
+}
+
+func (w watched) Snapshot(ctx context.Context, name string, p zfs.Properties) error {
+	return w.around(true, func() error { return w.ZFS.Snapshot(ctx, name, p) })
+}
+
+func (w watched) Destroy(ctx context.Context, name string) error {
+	return w.around(true, func() error { return w.ZFS.Destroy(ctx, name) })
+}
+
+func (w watched) DestroyAll(ctx context.Context, names []string) (failed map[string]error, err error) {
+	err = w.around(len(names) > 0, func() error { failed, err = w.ZFS.DestroyAll(ctx, names); return err })
+	return failed, err
+}
+
+func (w watched) Set(ctx context.Context, name, property, value string) error {
+	return w.around(true, func() error { return w.ZFS.Set(ctx, name, property, value) })
+}
+
+func (w watched) Space(ctx context.Context, name string) (space zfs.Space, err error) {
+	err = w.around(false, func() error { space, err = w.ZFS.Space(ctx, name); return err })
+	return space, err
+}
+
+// faults fails the call number at: before it did anything, or after it did all.
+type faults struct {
 	at, calls int
 	after     bool
 }
 
-func (f *faulty) run(do func() error) error {
+func (f *faults) around(_ bool, do func() error) error {
 	f.calls++
 	if f.calls != f.at {
 		return do()
@@ -39,32 +74,6 @@ func (f *faulty) run(do func() error) error {
 		}
 	}
 	return errInjected
-}
-
-func (f *faulty) Create(ctx context.Context, name string, p zfs.Properties) error {
-	return f.run(func() error { return f.ZFS.Create(ctx, name, p) })
-}
-
-func (f *faulty) Clone(ctx context.Context, snapshot, name string, p zfs.Properties) error {
-	return f.run(func() error { return f.ZFS.Clone(ctx, snapshot, name, p) })
-}
-
-func (f *faulty) Snapshot(ctx context.Context, name string, p zfs.Properties) error {
-	return f.run(func() error { return f.ZFS.Snapshot(ctx, name, p) })
-}
-
-func (f *faulty) Destroy(ctx context.Context, name string) error {
-	return f.run(func() error { return f.ZFS.Destroy(ctx, name) })
-}
-
-func (f *faulty) DestroyAll(ctx context.Context, names []string) (failed map[string]error, err error) {
-	err = f.run(func() error { failed, err = f.ZFS.DestroyAll(ctx, names); return err })
-	return failed, err
-}
-
-func (f *faulty) Space(ctx context.Context, name string) (space zfs.Space, err error) {
-	err = f.run(func() error { space, err = f.ZFS.Space(ctx, name); return err })
-	return space, err
 }
 
 // life is one image's and one container's life. It goes on after an error, as
@@ -107,8 +116,8 @@ func TestFaults(t *testing.T) {
 		for at, injected := 1, true; injected; at++ {
 			name := fmt.Sprintf("call %d, after %v", at, after)
 			dataset := fmt.Sprintf("%s/%d%v", pool, at, after)
-			f := &faulty{ZFS: open(t, zfs.NativeOnly)}
-			s, err := New(ctx, f, t.TempDir(), dataset)
+			f := &faults{}
+			s, err := New(ctx, watched{open(t, zfs.NativeOnly), f.around}, t.TempDir(), dataset)
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -67,6 +67,16 @@ func (s *snapshotter) ownValue(ctx context.Context, key []byte) (value string, e
 	return value, t.Rollback()
 }
 
+// keysByID are the keys of all records, within a transaction; none if there never
+// was a record.
+func keysByID(ctx context.Context) (map[string]string, error) {
+	keys, err := storage.IDMap(ctx)
+	if errdefs.IsNotFound(err) {
+		return nil, nil
+	}
+	return keys, err
+}
+
 // bind ties the records to the store that the parent dataset was claimed for.
 // With records that are lost or another store's, every dataset would look like
 // an orphan to be destroyed.
@@ -78,16 +88,15 @@ func (s *snapshotter) bind(ctx context.Context, store string) error {
 	if of != "" {
 		return fmt.Errorf("metadata.db is of the store %s, the file store says %s: put the one back that belongs here: %w", of, store, errdefs.ErrFailedPrecondition)
 	}
-	known := false
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
-		keys, err := storage.IDMap(ctx)
-		known = len(keys) > 0
+	var keys map[string]string
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+		keys, err = keysByID(ctx)
 		return err
 	})
-	if err != nil && !errdefs.IsNotFound(err) {
+	if err != nil {
 		return err
 	}
-	if !known {
+	if len(keys) == 0 {
 		names, err := s.zfs.Children(ctx, s.dataset)
 		if err != nil {
 			return err

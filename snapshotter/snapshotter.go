@@ -449,10 +449,10 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 	}
 	var live map[string]string
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
-		live, err = storage.IDMap(ctx)
+		live, err = keysByID(ctx)
 		return err
 	})
-	if err != nil && !errdefs.IsNotFound(err) {
+	if err != nil {
 		return fmt.Errorf("reading the records: %w", err)
 	}
 	var ids []uint64

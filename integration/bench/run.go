@@ -126,10 +126,8 @@ func ctr(ctx context.Context, args ...string) (time.Duration, error) {
 
 func summarize(results []result) {
 	for i := range results {
-		sorted := slices.Sorted(slices.Values(results[i].Seconds))
-		n := len(sorted)
-		results[i].Min, results[i].Max = sorted[0], sorted[n-1]
-		results[i].Median = median(results[i].Seconds)
+		seconds := results[i].Seconds
+		results[i].Min, results[i].Max, results[i].Median = slices.Min(seconds), slices.Max(seconds), median(seconds)
 	}
 	for i := range results {
 		results[i].Ratio = results[i].Median / results[base].Median

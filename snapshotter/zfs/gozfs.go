@@ -51,9 +51,13 @@ func wrap(what, name string, err error) error {
 		return fmt.Errorf("%s %s: %w", what, name, err)
 	}
 	if errors.Is(failed.Err, exec.ErrNotFound) {
-		return fmt.Errorf("the zfs program is not on PATH (install zfsutils-linux): %w", errdefs.ErrUnavailable)
+		return notInstalled("zfs")
 	}
 	return fmt.Errorf("%s %s: %s (%w)", what, name, strings.TrimSpace(failed.Stderr), failed.Err)
+}
+
+func notInstalled(program string) error {
+	return fmt.Errorf("the %s program is not on PATH (install zfsutils-linux): %w", program, errdefs.ErrUnavailable)
 }
 
 // do is call for what has no result of interest.

@@ -159,7 +159,7 @@ func (goZFS) Contents(ctx context.Context, parent string, properties []string) (
 	out, err := cmd.Output()
 	if err != nil {
 		if errors.Is(err, exec.ErrNotFound) {
-			return nil, fmt.Errorf("the zfs program is not on PATH (install zfsutils-linux): %w", errdefs.ErrUnavailable)
+			return nil, notInstalled("zfs")
 		}
 		if ctx.Err() != nil {
 			return nil, fmt.Errorf("list below %s: %w", parent, ctx.Err())

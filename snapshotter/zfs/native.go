@@ -28,11 +28,7 @@ var tested = []string{"2.0", "2.1", "2.2", "2.3", "2.4"}
 // OpenNative opens /dev/zfs if the loaded module is of a release whose ABI is
 // known here. Unavailable: no module; NotImplemented: another release.
 func OpenNative() (*Native, error) {
-	version, err := os.ReadFile("/sys/module/zfs/version")
-	if err != nil {
-		return nil, fmt.Errorf("version of the ZFS module: %w: %w", err, errdefs.ErrUnavailable)
-	}
-	if err := checkVersion(strings.TrimSpace(string(version))); err != nil {
+	if _, err := Module(); err != nil {
 		return nil, err
 	}
 	d, err := openDevice()
@@ -341,12 +337,9 @@ func (n *Native) Space(ctx context.Context, name string) (Space, error) {
 	if err != nil {
 		return Space{}, err
 	}
-	used, uerr := strconv.ParseInt(d.Property("used"), 10, 64)
-	referenced, rerr := strconv.ParseInt(d.Property("referenced"), 10, 64)
-	if err := errors.Join(uerr, rerr); err != nil {
-		return Space{}, fmt.Errorf("space of %s: %w: %w", name, err, errdefs.ErrInternal)
-	}
-	return Space{Used: used, Referenced: referenced}, nil
+	used, uerr := number("used", name, d.Property("used"))
+	referenced, rerr := number("referenced", name, d.Property("referenced"))
+	return Space{Used: used, Referenced: referenced}, errors.Join(uerr, rerr)
 }
 
 // Set sets a property.

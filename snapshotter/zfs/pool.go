@@ -53,7 +53,7 @@ func InspectPool(ctx context.Context, dataset string) (Pool, error) {
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
 	if errors.Is(err, exec.ErrNotFound) {
-		return p, fmt.Errorf("the zpool program is not on PATH (install zfsutils-linux): %w", errdefs.ErrUnavailable)
+		return p, notInstalled("zpool")
 	}
 	if err != nil {
 		return p, fmt.Errorf("zpool get of %s: %s (%w)", p.Name, strings.TrimSpace(stderr.String()), err)
