@@ -116,9 +116,11 @@ type statServer struct {
 	hold chan struct{}
 }
 
-func (s statServer) Stat(ctx context.Context, _ *snapshotsapi.StatSnapshotRequest) (*snapshotsapi.StatSnapshotResponse, error) {
+func (s statServer) Stat(context.Context, *snapshotsapi.StatSnapshotRequest) (*snapshotsapi.StatSnapshotResponse, error) {
 	if s.hold != nil {
-		<-ctx.Done()
+		// Not until the caller's time is up: this side learns of that too, and
+		// its answer could overtake the caller's own clock.
+		<-s.hold
 	}
 	return nil, errgrpc.ToGRPC(s.err)
 }
@@ -148,6 +150,7 @@ func TestServing(t *testing.T) {
 			go server.Serve(l)
 			defer server.Stop()
 			if c.server.hold != nil {
+				defer close(c.server.hold)
 				limit = 100 * time.Millisecond
 			}
 		}
