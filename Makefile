@@ -23,7 +23,7 @@ help:
 	echo 'make test        all tests: lint and unit tests here, the rest in the test bed (a VM)'
 	echo 'make test-unit   unit tests only'
 	echo 'make test-bed    test bed only; packages=./shim chooses, TESTBED=host uses this host instead of a VM'
-	echo "make conformance containerd's client suite in the test bed; RUN=TestTask chooses, update=1 writes docs/conformance.md"
+	echo "make conformance containerd's client suite in the test bed; RUN=TestTask chooses, zfs=go-zfs the way to ZFS, update=1 writes docs/conformance.md"
 	echo 'make fuzz        every fuzz target for a while each; time=30s packages=./lxc chooses'
 	echo 'make stress      restarts=1000 operations=1000 duration=10m of containerd-stress, in the test bed; seed=7 repeats a run'
 	echo 'make stress-reset the guest is reset resets=3 times while it pulls an image (a part of make stress); seed=7 repeats the moments'
@@ -73,7 +73,7 @@ test-suite:
 	$(bed) conformance -core
 
 conformance:
-	$(bed) conformance $(if $(value RUN),-run "$$RUN") $(if $(update),-update)
+	$(bed) conformance $(if $(value RUN),-run "$$RUN") $(if $(update),-update) $(if $(zfs),-zfs $(zfs))
 	$(if $(value RUN),,RUN='^TestLongProcessOfRunc$$' $(bed) test ./integration)
 
 testbed:

@@ -280,6 +280,8 @@ func (c Counts) String() string {
 // Run says what was run, for the report.
 type Run struct {
 	Date, Commit, Containerd, Go, Kernel string
+	// ZFS is the snapshotter's way to it, as in its configuration.
+	ZFS string
 }
 
 // Report is docs/conformance.md.
@@ -297,12 +299,13 @@ runc's name, and the snapshotter is overlayfs.
 - date: %s
 - containerd: %s, %s
 - kernel: %s
+- the snapshotter's way to ZFS: %s
 - result: **%s**
 
 Not run: the suite's three fuzz targets (they have no seeds, and one downloads from GitHub), its benchmarks, and
 `+"`TestShimTraceContextPropagation`"+`, which is compiled only with runc's shim built with the tag shim_tracing.
 
-`, run.Commit, run.Date, run.Containerd, run.Go, run.Kernel, c)
+`, run.Commit, run.Date, run.Containerd, run.Go, run.Kernel, run.ZFS, c)
 	kinds := []struct {
 		kind  Kind
 		title string

@@ -33,6 +33,7 @@ func (b *bed) conformance(ctx context.Context, args []string) error {
 	core := flags.Bool("core", false, "run the core only")
 	pattern := flags.String("run", "", "run the tests that match")
 	update := flags.Bool("update", false, "write docs/conformance.md")
+	way := flags.String("zfs", "auto", "the snapshotter's way to ZFS, as in its configuration")
 	if err := flags.Parse(args); err != nil {
 		return exitError(2)
 	}
@@ -72,16 +73,16 @@ func (b *bed) conformance(ctx context.Context, args []string) error {
 	if err != nil {
 		return err
 	}
-	results, kernel, err := b.suite(ctx, programs, run, "conformance")
+	results, kernel, err := b.suite(ctx, programs, *way, run, "conformance")
 	if err != nil {
 		return err
 	}
-	about.Kernel = kernel
+	about.Kernel, about.ZFS = kernel, *way
 	// Some of the suite's tests give daemons and restarts a second or two, which a loaded machine's emulated guest may
 	// not keep. The second try is in a guest of its own, and the report names it.
 	if again := conformance.Failed(list, results); len(again) > 0 && len(again) <= maxAgain {
 		fmt.Println("conformance: once more:", strings.Join(again, " "))
-		second, _, err := b.suite(ctx, programs, "^("+strings.Join(again, "|")+")$", "conformance-again")
+		second, _, err := b.suite(ctx, programs, *way, "^("+strings.Join(again, "|")+")$", "conformance-again")
 		if err != nil {
 			return err
 		}
@@ -130,7 +131,7 @@ func (b *bed) about(ctx context.Context) (conformance.Run, error) {
 }
 
 // suite runs the tests in a fresh guest and prints each result as it comes.
-func (b *bed) suite(ctx context.Context, programs []string, pattern, name string) ([]conformance.Result, string, error) {
+func (b *bed) suite(ctx context.Context, programs []string, way, pattern, name string) ([]conformance.Result, string, error) {
 	dir, err := os.MkdirTemp("", "bed-suite-")
 	if err != nil {
 		return nil, "", err
@@ -194,7 +195,7 @@ func (b *bed) suite(ctx context.Context, programs []string, pattern, name string
 	go func() {
 		to := io.MultiWriter(log, in)
 		// The status says no more than the results do, and those are judged.
-		_, err := m.Client.Run(limited, agent.Command{Dir: work, Stdout: to, Stderr: to, Env: []string{"TESTBED_POOL=tank"},
+		_, err := m.Client.Run(limited, agent.Command{Dir: work, Stdout: to, Stderr: to, Env: []string{"TESTBED_POOL=tank", "CONFORMANCE_ZFS=" + way},
 			Argv: []string{"./run", "-test.v=test2json", "-test.run=" + pattern, "-test.timeout=" + (perSuite - perSuite/20).String()}})
 		ended <- errors.Join(err, in.Close())
 	}()

@@ -26,8 +26,8 @@ const usage = `usage: bed COMMAND    (in the checkout's root)
   stress-reset [-n 3] [-seed N]   reset a guest n times while it pulls an image, and look at what it has afterwards
   stress-program         build containerd-stress, if it is not in the cache, and print its path
   test [PACKAGE...]      run the packages' bed tests, each in a guest of its own (TESTBED=host: on this host)
-  conformance [-core] [-run PATTERN] [-update]   run containerd's client suite (all of it, the core, what matches) in a
-                         guest of its own; -update writes docs/conformance.md
+  conformance [-core] [-run PATTERN] [-zfs WAY] [-update]   run containerd's client suite (all of it, the core, what matches) in a
+                         guest of its own; WAY: auto, native, go-zfs; -update writes docs/conformance.md
 Environment: CONTAINERD_PVE_CACHE (where the cache is), BED_ACCEL (kvm or tcg, instead of trying), BED_VM (name of
 another guest for run, shell and down), BED_INIT (systemd: for run, shell and down the guest that boots it), BED_TIMEOUT (limit for run and for each package of test, as 15m),
 BED_STACK=no (run: do not start the daemons), BED_PARTIAL=1 (go on without commands that do not compile),
