@@ -14,6 +14,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"sort"
@@ -46,6 +47,17 @@ const (
 	committed = "@snapshot"
 
 	retryInterval = 5 * time.Minute
+)
+
+// anyFile are the properties without which a filesystem does not take all that a
+// layer may hold (zfsprops(7)). What is inherited may be otherwise: OpenZFS's
+// guides for a root on ZFS make pools with normalization=formD, where a name has
+// to be UTF-8.
+var (
+	anyFile = zfs.Properties{"acltype": "posixacl", "xattr": "sa"}
+	// anyName are those which a filesystem keeps from its creation, and a clone has
+	// from its origin.
+	anyName = zfs.Properties{"normalization": "none", "utf8only": "off", "casesensitivity": "sensitive"}
 )
 
 type snapshotter struct {
@@ -150,10 +162,9 @@ func syncDir(dir string) error {
 func claim(ctx context.Context, z zfs.ZFS, dataset, store string) error {
 	owner, err := z.Property(ctx, dataset, propStore)
 	if errdefs.IsNotFound(err) {
-		return z.Create(ctx, dataset, zfs.Properties{
-			"mountpoint": "none", "acltype": "posixacl", "xattr": "sa", "atime": "off",
-			"com.sun:auto-snapshot": "false", propStore: store,
-		})
+		props := zfs.Properties{"mountpoint": "none", "atime": "off", "com.sun:auto-snapshot": "false", propStore: store}
+		maps.Copy(props, anyFile)
+		return z.Create(ctx, dataset, props)
 	}
 	if err != nil {
 		return err
@@ -265,6 +276,7 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		return nil, err
 	}
 	props := zfs.Properties{"mountpoint": "legacy", "com.sun:auto-snapshot": "false"}
+	maps.Copy(props, anyFile)
 	describe(props, propKey, key)
 	if kind == snapshots.KindView {
 		props["readonly"] = "on"
@@ -288,6 +300,7 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	}
 	props[propID] = sn.ID
 	if len(sn.ParentIDs) == 0 {
+		maps.Copy(props, anyName)
 		err = s.lostRoot(s.zfs.Create(ctx, s.name(sn.ID), props))
 	} else {
 		err = s.lost(ctx, s.zfs.Clone(ctx, s.name(sn.ParentIDs[0])+committed, s.name(sn.ID), props), sn.ParentIDs[0], parent)

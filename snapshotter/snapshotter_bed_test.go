@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"testing"
 
@@ -22,7 +23,7 @@ import (
 var pools atomic.Int64
 
 // makePool makes a pool in a file, for one test.
-func makePool(t *testing.T) string {
+func makePool(t testing.TB) string {
 	t.Helper()
 	pool, _ := makePoolOf(t, 4<<30)
 	return pool
@@ -34,7 +35,7 @@ func makeSmallPool(t *testing.T) (pool, dir string) {
 	return makePoolOf(t, 64<<20)
 }
 
-func makePoolOf(t *testing.T, size int64) (pool, dir string) {
+func makePoolOf(t testing.TB, size int64, options ...string) (pool, dir string) {
 	t.Helper()
 	dir = t.TempDir()
 	img := filepath.Join(dir, "pool")
@@ -45,7 +46,7 @@ func makePoolOf(t *testing.T, size int64) (pool, dir string) {
 		t.Fatal(err)
 	}
 	pool = fmt.Sprintf("cpve%d-%d", os.Getpid(), pools.Add(1))
-	if out, err := exec.Command("zpool", "create", "-m", "none", pool, img).CombinedOutput(); err != nil {
+	if out, err := exec.Command("zpool", slices.Concat([]string{"create", "-m", "none"}, options, []string{pool, img})...).CombinedOutput(); err != nil {
 		t.Fatalf("zpool create: %v: %s", err, out)
 	}
 	t.Cleanup(func() {

@@ -85,6 +85,15 @@ func TestDifferential(t *testing.T) {
 		{"create with a quota", both(func(z ZFS, p string) error {
 			return z.Create(ctx, p+"/q", Properties{"mountpoint": "legacy", "refquota": "16777216", "readonly": "on"})
 		})},
+		{"create with rules for names", both(func(z ZFS, p string) error {
+			return z.Create(ctx, p+"/n", Properties{"mountpoint": "legacy", "normalization": "formKC", "utf8only": "on", "casesensitivity": "mixed"})
+		})},
+		{"create with none, below them", both(func(z ZFS, p string) error {
+			return z.Create(ctx, p+"/n/o", Properties{"mountpoint": "legacy", "normalization": "none", "utf8only": "off", "casesensitivity": "sensitive"})
+		})},
+		{"create with other rules", both(func(z ZFS, p string) error {
+			return z.Create(ctx, p+"/n/p", Properties{"mountpoint": "legacy", "normalization": "formKD", "utf8only": "on", "casesensitivity": "insensitive"})
+		})},
 		{"create that exists", both(func(z ZFS, p string) error { return refused(z.Create(ctx, p+"/a", props)) })},
 		{"snapshot", both(func(z ZFS, p string) error { return z.Snapshot(ctx, p+"/a@1", nil) })},
 		{"snapshot with a property", both(func(z ZFS, p string) error { return z.Snapshot(ctx, p+"/a@2", Properties{"c:d": "e"}) })},

@@ -18,11 +18,14 @@ var onOff = map[string]uint64{"off": 0, "on": 1}
 // (module/zcommon/zfs_prop.c).
 var indexes = map[string]map[string]uint64{
 	"atime": onOff, "relatime": onOff, "readonly": onOff, "exec": onOff, "setuid": onOff, "devices": onOff, "overlay": onOff, "zoned": onOff,
-	"acltype":  {"off": 0, "noacl": 0, "posix": 1, "posixacl": 1, "nfsv4": 2},
-	"xattr":    {"off": 0, "dir": 1, "sa": 2},
-	"canmount": {"off": 0, "on": 1, "noauto": 2},
-	"snapdir":  {"hidden": 0, "visible": 1, "disabled": 2},
-	"sync":     {"standard": 0, "always": 1, "disabled": 2},
+	"utf8only":        onOff,
+	"acltype":         {"off": 0, "noacl": 0, "posix": 1, "posixacl": 1, "nfsv4": 2},
+	"xattr":           {"off": 0, "dir": 1, "sa": 2},
+	"canmount":        {"off": 0, "on": 1, "noauto": 2},
+	"snapdir":         {"hidden": 0, "visible": 1, "disabled": 2},
+	"sync":            {"standard": 0, "always": 1, "disabled": 2},
+	"casesensitivity": {"sensitive": 0, "insensitive": 1, "mixed": 2},
+	"normalization":   {"none": 0, "formD": 0x10, "formKD": 0x20, "formC": 0x50, "formKC": 0x60},
 }
 
 // numbers are the properties whose value is a number; "none" is 0.
