@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -106,26 +107,24 @@ func (s *syncs) made(t *testing.T) int {
 }
 
 // TestCost is what each call may cost: processes, ioctls of ZFS and those of them
-// that change something (and so wait for the pool), syncs of the records.
+// that change something (and so wait for the pool), syncs of the records. What
+// goes on after the caller was answered is counted with it.
 func TestCost(t *testing.T) {
 	pool, ctx := makePool(t), context.Background()
 	native := open(t, zfs.NativeOnly).(*zfs.Native)
-	changes := 0
+	var changes atomic.Int64
 	counted := func(change bool, do func() error) error {
 		if change {
-			changes++
+			changes.Add(1)
 		}
 		return do()
 	}
-	snapshotter, err := New(ctx, watched{native, counted}, t.TempDir(), pool+"/cost")
+	opened, err := New(ctx, watched{native, counted}, t.TempDir(), pool+"/cost")
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer snapshotter.Close()
-	s := snapshotter.(interface {
-		snapshots.Snapshotter
-		snapshots.Cleaner
-	})
+	defer opened.Close()
+	s := opened.(*snapshotter)
 	// The first record makes the file grow, and Cleanup comes after the one that New began.
 	_, err = s.Prepare(ctx, "first", "")
 	if err := errors.Join(err, s.Remove(ctx, "first"), s.Cleanup(ctx)); err != nil {
@@ -139,11 +138,12 @@ func TestCost(t *testing.T) {
 		changes, ioctls, syncs int
 		do                     func() error
 	}{
-		{"Prepare of a layer", 1, 1, 2, func() error { _, err := s.Prepare(ctx, "l1", ""); return err }},
+		// The caller waits for the first of the two, see TestHasty.
+		{"Prepare of a layer", 2, 2, 2, func() error { _, err := s.Prepare(ctx, "l1", ""); return err }},
 		{"Mounts", 0, 0, 0, func() error { _, err := s.Mounts(ctx, "l1"); return err }},
 		// The space and the files are asked for.
 		{"Commit", 1, 3, 2, func() error { return s.Commit(ctx, "c1", "l1") }},
-		{"Prepare", 1, 1, 2, func() error { _, err := s.Prepare(ctx, "l2", "c1"); return err }},
+		{"Prepare", 2, 2, 2, func() error { _, err := s.Prepare(ctx, "l2", "c1"); return err }},
 		{"Commit on a parent", 1, 3, 2, func() error { return s.Commit(ctx, "c2", "l2") }},
 		{"View", 1, 1, 2, func() error { _, err := s.View(ctx, "v", "c2"); return err }},
 		{"Stat", 0, 0, 0, func() error { _, err := s.Stat(ctx, "c2"); return err }},
@@ -160,11 +160,14 @@ func TestCost(t *testing.T) {
 		{"Cleanup of two", 1, 4 + 2 + 1, 0, func() error { return s.Cleanup(ctx) }},
 		{"Cleanup of none", 0, 2, 0, func() error { return s.Cleanup(ctx) }},
 	} {
-		changes = 0
+		changes.Store(0)
 		before := native.Calls()
 		syncs.made(t)
 		if err := step.do(); err != nil {
 			t.Fatalf("%s: %v", step.name, err)
+		}
+		if err := s.creating.wait(ctx); err != nil {
+			t.Fatal(err)
 		}
 		if n := syncs.made(t); n != step.syncs {
 			t.Errorf("%s: %d syncs, want %d", step.name, n, step.syncs)
@@ -172,8 +175,8 @@ func TestCost(t *testing.T) {
 		if n := int(native.Calls() - before); n != step.ioctls {
 			t.Errorf("%s: %d ioctls, want %d", step.name, n, step.ioctls)
 		}
-		if changes != step.changes {
-			t.Errorf("%s: %d changes, want %d", step.name, changes, step.changes)
+		if n := int(changes.Load()); n != step.changes {
+			t.Errorf("%s: %d changes, want %d", step.name, n, step.changes)
 		}
 	}
 }

@@ -220,14 +220,18 @@ func (w *world) check(after string, records map[string]snapshots.Info) {
 			w.t.Errorf("after %s: a record of %s, which is nobody's", after, name)
 		}
 	}
-	out, err := exec.Command("zfs", "list", "-Hpr", "-t", "filesystem,snapshot", "-o", "name,guid", w.dataset).Output()
+	out, err := exec.Command("zfs", "list", "-Hpr", "-t", "filesystem,snapshot", "-o", "name,guid,"+propID, w.dataset).Output()
 	if err != nil {
 		w.t.Fatalf("zfs list: %v", err)
 	}
 	guids := map[string]string{}
 	for line := range strings.Lines(string(out)) {
-		name, guid, _ := strings.Cut(strings.TrimSpace(line), "\t")
-		guids[name] = guid
+		fields := strings.Split(strings.TrimSpace(line), "\t")
+		name := fields[0]
+		guids[name] = fields[1]
+		if filesystem := !strings.Contains(name, "@"); filesystem && name != w.dataset && fields[2] != filepath.Base(name) {
+			w.t.Errorf("after %s: the mark of %s is %q", after, name, fields[2])
+		}
 	}
 	for _, r := range w.records {
 		if r.taken && guids[r.dataset+committed] != "" {

@@ -1,17 +1,18 @@
 package snapshotter
 
 import (
+	"cmp"
 	"context"
-	"fmt"
 	"maps"
 	"slices"
 	"strings"
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	bolt "go.etcd.io/bbolt"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
 // A crash between a snapshot's record and its dataset leaves a record of what
@@ -21,25 +22,93 @@ import (
 // that change records, and cost none of their own.
 var creatingKey = []byte("creating")
 
-// creations are the ids of the snapshots that this process is making.
+// creations are the snapshots that this process is making, by their ids.
 type creations struct {
 	mu  sync.Mutex
-	ids map[string]struct{}
+	ids map[string]*creation
+}
+
+// creation is what is still to be done for one.
+type creation struct {
+	props  zfs.Properties // what its filesystem lacks; nil: the filesystem is being made
+	origin string         // of what it is a clone
+	ended  chan struct{}  // closed at the end of the call that is on its way to give it that; nil: there is none
 }
 
 func (c *creations) begin(id string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ids == nil {
-		c.ids = map[string]struct{}{}
+		c.ids = map[string]*creation{}
 	}
-	c.ids[id] = struct{}{}
+	c.ids[id] = &creation{}
+}
+
+// owe says what the filesystem lacks, or may lack if it is there.
+func (c *creations) owe(id, origin string, props zfs.Properties) {
+	c.begin(id)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ids[id].props, c.ids[id].origin = props, origin
+}
+
+// start is owe for a filesystem that is given it now.
+func (c *creations) start(id, origin string, props zfs.Properties) {
+	c.owe(id, origin, props)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ids[id].ended = make(chan struct{})
+}
+
+// fail is for one that was not given it.
+func (c *creations) fail(id string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	close(c.ids[id].ended)
+	c.ids[id].ended = nil
 }
 
 func (c *creations) end(id string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if i := c.ids[id]; i != nil && i.ended != nil {
+		close(i.ended)
+	}
 	delete(c.ids, id)
+}
+
+// retry starts all that lack something and for which nothing is on its way.
+func (c *creations) retry() map[string]creation {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	all := map[string]creation{}
+	for id, i := range c.ids {
+		if i.props != nil && i.ended == nil {
+			i.ended = make(chan struct{})
+			all[id] = *i
+		}
+	}
+	return all
+}
+
+// wait waits for the end of all that is on its way now.
+func (c *creations) wait(ctx context.Context) error {
+	c.mu.Lock()
+	var all []chan struct{}
+	for _, i := range c.ids {
+		if i.ended != nil {
+			all = append(all, i.ended)
+		}
+	}
+	c.mu.Unlock()
+	for _, ended := range all {
+		select {
+		case <-ended:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
 }
 
 func (c *creations) String() string {
@@ -73,35 +142,52 @@ func (s *snapshotter) settle(ctx context.Context) error {
 	return s.write(ctx, func(context.Context) error { return nil })
 }
 
-// dropUnfinished drops the records whose datasets a crash kept from being made.
+// dropUnfinished drops the records whose datasets a crash kept from being made,
+// and finds out which of those that were made have to be completed.
 func (s *snapshotter) dropUnfinished(ctx context.Context) error {
 	ids, err := s.storedCreations(ctx)
 	if err != nil || ids == "" {
 		return err
 	}
-	var missing []string
+	var keys, origins map[string]string
+	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
+		if keys, err = keysByID(ctx); err != nil {
+			return err
+		}
+		origins = map[string]string{}
+		for _, id := range strings.Fields(ids) {
+			if key, ok := keys[id]; ok {
+				sn, err := storage.GetSnapshot(ctx, key)
+				if err != nil {
+					return err
+				}
+				origins[id] = s.origin(sn.ParentIDs)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	var lost []string
 	for _, id := range strings.Fields(ids) {
-		_, err := s.zfs.Property(ctx, s.name(id), propID)
-		if errdefs.IsNotFound(err) {
-			missing = append(missing, id)
-		} else if err != nil {
-			return fmt.Errorf("was %s made: %w", s.name(id), err)
+		key, recorded := keys[id]
+		state, err := s.state(ctx, id, cmp.Or(origins[id], anyOrigin))
+		switch {
+		case err != nil:
+			return err
+		case state == missing && recorded:
+			lost = append(lost, key)
+			log.G(ctx).WithField("key", key).WithField("dataset", s.name(id)).Info("a crash kept this snapshot from being made: its record is dropped")
+		case state == unmarked:
+			s.creating.owe(id, cmp.Or(origins[id], anyOrigin), s.description(id, key))
 		}
 	}
 	return s.write(ctx, func(ctx context.Context) error {
-		keys, err := keysByID(ctx)
-		if err != nil {
-			return err
-		}
-		for _, id := range missing {
-			key, ok := keys[id]
-			if !ok {
-				continue
-			}
+		for _, key := range lost {
 			if _, _, err := storage.Remove(ctx, key); err != nil {
 				return err
 			}
-			log.G(ctx).WithField("key", key).WithField("dataset", s.name(id)).Info("a crash kept this snapshot from being made: its record is dropped")
 		}
 		return nil
 	})

@@ -11,6 +11,7 @@ import (
 	"slices"
 	"sort"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -48,8 +49,8 @@ func (w watched) DestroyAll(ctx context.Context, names []string) (failed map[str
 	return failed, err
 }
 
-func (w watched) Set(ctx context.Context, name, property, value string) error {
-	return w.around(true, func() error { return w.ZFS.Set(ctx, name, property, value) })
+func (w watched) Set(ctx context.Context, name string, p zfs.Properties) error {
+	return w.around(true, func() error { return w.ZFS.Set(ctx, name, p) })
 }
 
 func (w watched) Space(ctx context.Context, name string) (space zfs.Space, err error) {
@@ -59,16 +60,27 @@ func (w watched) Space(ctx context.Context, name string) (space zfs.Space, err e
 
 // faults fails the call number at: before it did anything, or after it did all.
 type faults struct {
+	mu        sync.Mutex
 	at, calls int
 	after     bool
 }
 
+// arm counts from now on.
+func (f *faults) arm(at int, after bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.at, f.calls, f.after = at, 0, after
+}
+
 func (f *faults) around(_ bool, do func() error) error {
+	f.mu.Lock()
 	f.calls++
-	if f.calls != f.at {
+	now, after := f.calls == f.at, f.after
+	f.mu.Unlock()
+	if !now {
 		return do()
 	}
-	if f.after {
+	if after {
 		if err := do(); err != nil {
 			return err
 		}
@@ -122,13 +134,13 @@ func TestFaults(t *testing.T) {
 				t.Fatal(err)
 			}
 			s.(*snapshotter).cleanupMu.Lock() // the first sweep's calls are not to be counted
-			f.at, f.calls, f.after = at, 0, after
+			f.arm(at, after)
 			s.(*snapshotter).cleanupMu.Unlock()
 			if _, err := life(ctx, s); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}
 			injected = f.calls >= at
-			f.at = 0
+			f.arm(0, false)
 			if err := s.(snapshots.Cleaner).Cleanup(ctx); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}

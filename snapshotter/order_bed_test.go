@@ -14,25 +14,33 @@ import (
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
+// layerOf makes a pool with a snapshot to be cloned.
+func layerOf(b *testing.B) (z zfs.ZFS, pool, origin string) {
+	ctx := context.Background()
+	pool = makePool(b)
+	z, err := zfs.New(ctx, zfs.NativeOnly)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { z.Close() })
+	origin = pool + "/base" + committed
+	if err := z.Create(ctx, pool+"/base", zfs.Properties{"mountpoint": "legacy"}); err != nil {
+		b.Fatal(err)
+	}
+	if err := z.Snapshot(ctx, origin, nil); err != nil {
+		b.Fatal(err)
+	}
+	return z, pool, origin
+}
+
 // BenchmarkLayer times what ZFS does for a layer of 3 and of 60 files (4 KiB
 // each): as containerd's differ has it, unmount and then snapshot, and as a
 // differ of our own could, the snapshot first, so that the unmount finds nothing
 // to write.
 func BenchmarkLayer(b *testing.B) {
 	ctx := context.Background()
-	dir, pool := b.TempDir(), makePool(b)
-	z, err := zfs.New(ctx, zfs.NativeOnly)
-	if err != nil {
-		b.Fatal(err)
-	}
-	defer z.Close()
-	base := pool + "/base"
-	if err := z.Create(ctx, base, zfs.Properties{"mountpoint": "legacy"}); err != nil {
-		b.Fatal(err)
-	}
-	if err := z.Snapshot(ctx, base+committed, nil); err != nil {
-		b.Fatal(err)
-	}
+	dir := b.TempDir()
+	z, pool, origin := layerOf(b)
 	n := 0
 	for _, files := range []int{3, 60} {
 		for _, first := range []string{"unmount", "snapshot"} {
@@ -43,7 +51,7 @@ func BenchmarkLayer(b *testing.B) {
 					unmount := func() error { return unix.Unmount(dir, 0) }
 					snapshot := func() error { return z.Snapshot(ctx, dataset+committed, nil) }
 					steps := []func() error{
-						func() error { return z.Clone(ctx, base+committed, dataset, zfs.Properties{"mountpoint": "legacy"}) },
+						func() error { return z.Clone(ctx, origin, dataset, zfs.Properties{"mountpoint": "legacy"}) },
 						func() error { return unix.Mount(dataset, dir, "zfs", 0, "") },
 						func() error {
 							for f := range files {
@@ -66,5 +74,26 @@ func BenchmarkLayer(b *testing.B) {
 				}
 			})
 		}
+	}
+}
+
+// BenchmarkClone times a clone without properties and one with them, for which
+// ZFS waits for the pool a second time.
+func BenchmarkClone(b *testing.B) {
+	ctx := context.Background()
+	z, pool, origin := layerOf(b)
+	n := 0
+	for name, props := range map[string]zfs.Properties{
+		"properties=0": nil,
+		"properties=4": {"mountpoint": "legacy", "com.sun:auto-snapshot": "false", propID: "1", propKey: "key"},
+	} {
+		b.Run(name, func(b *testing.B) {
+			for b.Loop() {
+				n++
+				if err := z.Clone(ctx, origin, fmt.Sprintf("%s/%d", pool, n), props); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }

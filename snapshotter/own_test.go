@@ -2,6 +2,7 @@ package snapshotter
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"os"
 	"path"
@@ -10,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -21,8 +23,9 @@ import (
 type fake struct {
 	mu       sync.Mutex
 	datasets map[string]zfs.Properties
-	creating func(name string) // called before a filesystem is made
-	objects  int64             // in every snapshot; 0: not counted
+	creating func(name string)       // called before a filesystem is made
+	setting  func(name string) error // called before properties are set
+	objects  int64                   // in every snapshot; 0: not counted
 }
 
 func (f *fake) Create(_ context.Context, name string, p zfs.Properties) error {
@@ -42,6 +45,11 @@ func (f *fake) Clone(ctx context.Context, snapshot, name string, p zfs.Propertie
 	if _, err := f.Property(ctx, snapshot, ""); err != nil {
 		return err
 	}
+	p = maps.Clone(p)
+	if p == nil {
+		p = zfs.Properties{}
+	}
+	p["origin"] = snapshot
 	return f.Create(ctx, name, p)
 }
 
@@ -80,12 +88,22 @@ func (f *fake) Property(_ context.Context, name, property string) (string, error
 	return zfs.Unset, nil
 }
 
-func (f *fake) Set(_ context.Context, name, property, value string) error {
+func (f *fake) Set(_ context.Context, name string, p zfs.Properties) error {
+	if f.setting != nil {
+		if err := f.setting(name); err != nil {
+			return err
+		}
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.datasets[name][property] = value
+	if f.datasets[name] == nil {
+		return errdefs.ErrNotFound
+	}
+	maps.Copy(f.datasets[name], p)
 	return nil
 }
+
+func (f *fake) Detached() bool { return false }
 
 func (f *fake) Space(ctx context.Context, name string) (zfs.Space, error) {
 	_, err := f.Property(ctx, name, "")
@@ -288,5 +306,106 @@ func TestCountedAgain(t *testing.T) {
 	}
 	if u, err := s.Usage(ctx, "name"); err != nil || u.Inodes != 9 {
 		t.Errorf("%+v, %v: want 9 files", u, err)
+	}
+}
+
+// TestHasty: Prepare answers before the dataset has its mark; whoever collects
+// waits for it.
+func TestHasty(t *testing.T) {
+	ctx, f := context.Background(), &fake{datasets: map[string]zfs.Properties{}}
+	s := start(t, f, filepath.Join(t.TempDir(), "root"))
+	cleanup := func() error { return s.(snapshots.Cleaner).Cleanup(ctx) }
+	if err := cleanup(); err != nil { // after the first sweep's, at the latest
+		t.Fatal(err)
+	}
+	release := make(chan struct{})
+	f.setting = func(string) error { <-release; return nil }
+	m, err := s.Prepare(ctx, "key", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if mark, err := f.Property(ctx, m[0].Source, propID); err != nil || mark != zfs.Unset {
+		t.Errorf("the mark is %q already, %v", mark, err)
+	}
+	if err := s.Remove(ctx, "key"); err != nil {
+		t.Fatal(err)
+	}
+	short, cancel := context.WithTimeout(ctx, 20*time.Millisecond)
+	defer cancel()
+	if err := s.(snapshots.Cleaner).Cleanup(short); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("cleanup does not wait: %v", err)
+	}
+	close(release)
+	if err := cleanup(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Property(ctx, m[0].Source, propID); !errdefs.IsNotFound(err) {
+		t.Errorf("the dataset is still there: %v", err)
+	}
+	// What needs a property at once, or does not inherit it, waits for all.
+	f.setting = func(string) error { t.Error("properties are set later"); return nil }
+	m, err = s.View(ctx, "view", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if mark, err := f.Property(ctx, m[0].Source, propID); err != nil || mark == zfs.Unset {
+		t.Errorf("a view without its mark: %v", err)
+	}
+}
+
+// TestUnmarked: a dataset that could not be marked is marked by the next
+// Cleanup, of this daemon or of the next, whether its record is there or not.
+func TestUnmarked(t *testing.T) {
+	ctx, f, root := context.Background(), &fake{datasets: map[string]zfs.Properties{}}, filepath.Join(t.TempDir(), "root")
+	s := start(t, f, root)
+	f.setting = func(string) error { return errdefs.ErrUnavailable }
+	kept, err := s.Prepare(ctx, "kept", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone, err := s.Prepare(ctx, "gone", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(s.Remove(ctx, "gone"), s.(snapshots.Cleaner).Cleanup(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	states := func() (string, string) {
+		t.Helper()
+		mark, err := f.Property(ctx, kept[0].Source, propID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = f.Property(ctx, gone[0].Source, propID)
+		if err != nil && !errdefs.IsNotFound(err) {
+			t.Fatal(err)
+		}
+		return mark, map[bool]string{true: "there", false: "destroyed"}[err == nil]
+	}
+	if mark, other := states(); mark != zfs.Unset || other != "there" {
+		t.Fatalf("while ZFS refuses: mark %s, the other is %s", mark, other)
+	}
+	crashed := copyOf(t, root)
+	datasets := func(from map[string]zfs.Properties) map[string]zfs.Properties {
+		all := map[string]zfs.Properties{}
+		for name, p := range from {
+			all[name] = maps.Clone(p)
+		}
+		return all
+	}
+	before := datasets(f.datasets)
+	for name, next := range map[string]func() snapshots.Snapshotter{
+		"the same daemon":            func() snapshots.Snapshotter { return s },
+		"the next one after a crash": func() snapshots.Snapshotter { return start(t, f, crashed) },
+	} {
+		f.mu.Lock()
+		f.datasets, f.setting = datasets(before), nil
+		f.mu.Unlock()
+		if err := next().(snapshots.Cleaner).Cleanup(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if mark, other := states(); mark == zfs.Unset || other != "destroyed" {
+			t.Errorf("%s: mark %s, the other is %s", name, mark, other)
+		}
 	}
 }

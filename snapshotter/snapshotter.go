@@ -49,23 +49,14 @@ const (
 	retryInterval = 5 * time.Minute
 )
 
-// anyFile are the properties without which a filesystem does not take all that a
-// layer may hold (zfsprops(7)). What is inherited may be otherwise: OpenZFS's
-// guides for a root on ZFS make pools with normalization=formD, where a name has
-// to be UTF-8.
-var (
-	anyFile = zfs.Properties{"acltype": "posixacl", "xattr": "sa"}
-	// anyName are those which a filesystem keeps from its creation, and a clone has
-	// from its origin.
-	anyName = zfs.Properties{"normalization": "none", "utf8only": "off", "casesensitivity": "sensitive"}
-)
-
 type snapshotter struct {
 	zfs     zfs.ZFS
 	dataset string
 	ms      *storage.MetaStore
 	lock    *os.File
 
+	inherited zfs.Properties // what a filesystem has of its own accord, of what it has to have
+	hasty     bool           // the rest can be set after the caller was answered
 	creating  creations
 	commits   *locker.Locker // by key: a leftover @snapshot of a crash is told from a racing Commit's
 	objects   objects
@@ -121,6 +112,9 @@ func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ snapshots.Snap
 	bg, stop := context.WithCancel(context.WithoutCancel(ctx))
 	s := &snapshotter{zfs: z, dataset: dataset, ms: ms, lock: lock, commits: locker.New(), stop: stop, done: make(chan struct{})}
 	if err = s.bind(ctx, store); err == nil {
+		err = s.inherit(ctx)
+	}
+	if err == nil {
 		err = s.dropUnfinished(ctx)
 	}
 	if err == nil {
@@ -162,8 +156,9 @@ func syncDir(dir string) error {
 func claim(ctx context.Context, z zfs.ZFS, dataset, store string) error {
 	owner, err := z.Property(ctx, dataset, propStore)
 	if errdefs.IsNotFound(err) {
-		props := zfs.Properties{"mountpoint": "none", "atime": "off", "com.sun:auto-snapshot": "false", propStore: store}
-		maps.Copy(props, anyFile)
+		props := zfs.Properties{"atime": "off", propStore: store}
+		maps.Copy(props, needed)
+		maps.Copy(props, common)
 		return z.Create(ctx, dataset, props)
 	}
 	if err != nil {
@@ -173,7 +168,7 @@ func claim(ctx context.Context, z zfs.ZFS, dataset, store string) error {
 	case store:
 		return nil
 	case zfs.Unset:
-		return z.Set(ctx, dataset, propStore, store)
+		return z.Set(ctx, dataset, zfs.Properties{propStore: store})
 	}
 	return foreign(owner, store)
 }
@@ -200,7 +195,7 @@ func (s *snapshotter) Close() error {
 	s.closeOnce.Do(func() {
 		s.stop()
 		<-s.done
-		s.closeErr = errors.Join(s.settle(context.Background()), s.ms.Close(), s.lock.Close())
+		s.closeErr = errors.Join(s.creating.wait(context.Background()), s.settle(context.Background()), s.ms.Close(), s.lock.Close())
 	})
 	return s.closeErr
 }
@@ -275,16 +270,14 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	if err := checkMapping(info.Labels); err != nil {
 		return nil, err
 	}
-	props := zfs.Properties{"mountpoint": "legacy", "com.sun:auto-snapshot": "false"}
-	maps.Copy(props, anyFile)
-	describe(props, propKey, key)
+	own := zfs.Properties{}
 	if kind == snapshots.KindView {
-		props["readonly"] = "on"
+		own["readonly"] = "on"
 	} else if v, ok := info.Labels[snapshots.LabelSnapshotMaxSize]; ok {
 		if n, err := strconv.ParseUint(v, 10, 63); err != nil || n == 0 {
 			return nil, fmt.Errorf("label %s: %q is not a number of bytes: %w", snapshots.LabelSnapshotMaxSize, v, errdefs.ErrInvalidArgument)
 		}
-		props["refquota"] = v
+		own["refquota"] = v
 	}
 	var sn storage.Snapshot
 	err := s.write(ctx, func(ctx context.Context) (err error) {
@@ -294,30 +287,38 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 		return err
 	})
-	defer func() { s.creating.end(sn.ID) }()
 	if err != nil {
+		s.creating.end(sn.ID)
 		return nil, fmt.Errorf("recording snapshot %s: %w", key, err)
 	}
-	props[propID] = sn.ID
+	props, origin := s.description(sn.ID, key), s.origin(sn.ParentIDs)
+	// What has to wait for a property anyway gets all of them at once.
+	hasty := s.hasty && len(own) == 0
+	if !hasty {
+		maps.Copy(own, props)
+	}
 	if len(sn.ParentIDs) == 0 {
-		maps.Copy(props, anyName)
-		err = s.lostRoot(s.zfs.Create(ctx, s.name(sn.ID), props))
+		maps.Copy(own, anyName)
+		err = s.lostRoot(s.zfs.Create(ctx, s.name(sn.ID), own))
 	} else {
-		err = s.lost(ctx, s.zfs.Clone(ctx, s.name(sn.ParentIDs[0])+committed, s.name(sn.ID), props), sn.ParentIDs[0], parent)
+		err = s.lost(ctx, s.zfs.Clone(ctx, origin, s.name(sn.ID), own), sn.ParentIDs[0], parent)
 	}
 	if err != nil {
-		err = fmt.Errorf("making %s for snapshot %s: %w", s.name(sn.ID), key, s.tooSmall(ctx, err, sn, props["refquota"]))
+		err = fmt.Errorf("making %s for snapshot %s: %w", s.name(sn.ID), key, s.tooSmall(ctx, err, sn, own["refquota"]))
+		if errdefs.IsAlreadyExists(err) {
+			s.creating.end(sn.ID) // it is somebody's
+		} else {
+			s.creating.owe(sn.ID, origin, props) // it may be there all the same
+		}
 		return nil, errors.Join(err, s.undoCreate(ctx, key))
 	}
-	return s.mounts(kind, sn.ID, info.Labels), nil
-}
-
-// describe sets a property for those who read the datasets. One that ZFS could
-// not hold they do without.
-func describe(props zfs.Properties, name, value string) {
-	if len(value) <= maxProperty && !strings.Contains(value, "\x00") {
-		props[name] = value
+	if hasty {
+		s.creating.start(sn.ID, origin, props)
+		go s.complete(context.WithoutCancel(ctx), sn.ID, props)
+	} else {
+		s.creating.end(sn.ID)
 	}
+	return s.mounts(kind, sn.ID, info.Labels), nil
 }
 
 // tooSmall says when it was the limit that failed, because the parent is beyond it:
@@ -356,8 +357,7 @@ func checkMapping(labels map[string]string) error {
 	return nil
 }
 
-// undoCreate drops the record of a dataset that could not be made. If zfs was
-// killed half way, the dataset is now an orphan that Cleanup destroys.
+// undoCreate drops the record of a dataset that could not be made.
 func (s *snapshotter) undoCreate(ctx context.Context, key string) error {
 	return s.write(context.WithoutCancel(ctx), func(ctx context.Context) error {
 		_, _, err := storage.Remove(ctx, key)
@@ -455,6 +455,9 @@ func (s *snapshotter) Remove(ctx context.Context, key string) error {
 func (s *snapshotter) Cleanup(ctx context.Context) error {
 	s.cleanupMu.Lock()
 	defer s.cleanupMu.Unlock()
+	if err := s.completeAll(ctx); err != nil {
+		return err
+	}
 	// Datasets before records: one made in between is in the records only.
 	names, err := s.zfs.Children(ctx, s.dataset)
 	if err != nil {

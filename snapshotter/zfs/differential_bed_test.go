@@ -101,11 +101,11 @@ func TestDifferential(t *testing.T) {
 			return z.Clone(ctx, p+"/a@2", p+"/b", Properties{"mountpoint": "legacy", "a:b": "own", "readonly": "on"})
 		})},
 		{"clone with a quota", both(func(z ZFS, p string) error { return z.Clone(ctx, p+"/a@2", p+"/c", Properties{"refquota": "33554432"}) })},
-		{"set", both(func(z ZFS, p string) error { return z.Set(ctx, p+"/b", "a:b", "changed") })},
+		{"set", both(func(z ZFS, p string) error { return z.Set(ctx, p+"/b", Properties{"a:b": "changed"}) })},
 		{"destroy of a cloned snapshot", both(func(z ZFS, p string) error { return refused(z.Destroy(ctx, p+"/a@2")) })},
 		{"destroy of a snapshot", both(func(z ZFS, p string) error { return z.Destroy(ctx, p+"/a@1") })},
 		{"destroy of a filesystem", both(func(z ZFS, p string) error { return z.Destroy(ctx, p+"/c") })},
-		{"set of one that ZFS knows", either(func(p string) error { return n.Set(ctx, p+"/b", "readonly", "off") }, "set", "readonly=off", "POOL/b")},
+		{"set of one that ZFS knows", either(func(p string) error { return n.Set(ctx, p+"/b", Properties{"readonly": "off"}) }, "set", "readonly=off", "POOL/b")},
 		{"inherit", either(func(p string) error { return n.Inherit(ctx, p+"/b", "readonly") }, "inherit", "readonly", "POOL/b")},
 		{"inherit of a user property", either(func(p string) error { return n.Inherit(ctx, p+"/b", "a:b") }, "inherit", "a:b", "POOL/b")},
 		{"promote", either(func(p string) error { return n.Promote(ctx, p+"/b") }, "promote", "POOL/b")},

@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os/exec"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -98,12 +100,7 @@ func (z goZFS) Snapshot(ctx context.Context, name string, p Properties) error {
 		return explain(ctx, err, name, dataset, dataset)
 	}
 	// go-zfs takes none along. A snapshot without them is one all the same.
-	for property, value := range p {
-		if err := z.Set(ctx, name, property, value); err != nil {
-			return err
-		}
-	}
-	return nil
+	return z.Set(ctx, name, p)
 }
 
 // room is about what ZFS wants to have free to make a dataset or a snapshot
@@ -180,10 +177,17 @@ func (goZFS) Property(ctx context.Context, name, property string) (string, error
 	return v, missing(ctx, err, name)
 }
 
-func (goZFS) Set(ctx context.Context, name, property, value string) error {
-	return missing(ctx, do(ctx, "set "+property+" of", name, func() error {
-		return (&zfs.Dataset{Name: name}).SetProperty(property, value)
-	}), name)
+// Set sets them one by one, in the order of their names: a zfs process for each.
+func (goZFS) Set(ctx context.Context, name string, p Properties) error {
+	for _, property := range slices.Sorted(maps.Keys(p)) {
+		err := do(ctx, "set "+property+" of", name, func() error {
+			return (&zfs.Dataset{Name: name}).SetProperty(property, p[property])
+		})
+		if err != nil {
+			return missing(ctx, err, name)
+		}
+	}
+	return nil
 }
 
 // missing says NotFound where the dataset is the reason.
@@ -224,5 +228,8 @@ func (goZFS) Children(ctx context.Context, parent string) ([]string, error) {
 	}
 	return names, nil
 }
+
+// Detached is true: the zfs process that is on its way is nobody's then, and not killed.
+func (goZFS) Detached() bool { return true }
 
 func (goZFS) Close() error { return nil }

@@ -50,6 +50,9 @@ func checkVersion(version string) error {
 // Close gives the device back.
 func (n *Native) Close() error { return n.device.file.Close() }
 
+// Detached is false: a call that has begun is waited for.
+func (n *Native) Detached() bool { return false }
+
 // Calls is how many ioctls were made so far.
 func (n *Native) Calls() int64 { return n.device.calls.Load() }
 
@@ -342,13 +345,8 @@ func (n *Native) Space(ctx context.Context, name string) (Space, error) {
 	return Space{Used: used, Referenced: referenced}, errors.Join(uerr, rerr)
 }
 
-// Set sets a property.
-func (n *Native) Set(ctx context.Context, name, property, value string) error {
-	return n.SetAll(ctx, name, Properties{property: value})
-}
-
-// SetAll sets properties of a filesystem or a snapshot.
-func (n *Native) SetAll(ctx context.Context, name string, p Properties) error {
+// Set sets properties of a filesystem or a snapshot.
+func (n *Native) Set(ctx context.Context, name string, p Properties) error {
 	list, err := properties(p)
 	if err != nil {
 		return fmt.Errorf("set of %s: %w", name, err)

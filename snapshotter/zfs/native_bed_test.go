@@ -49,7 +49,7 @@ func TestNative(t *testing.T) {
 			t.Errorf("%s is %q, %v; want %q", property, v, err, want)
 		}
 	}
-	must(n.SetAll(ctx, a, Properties{"readonly": "off", "refquota": "none", "x:z": "1"}))
+	must(n.Set(ctx, a, Properties{"readonly": "off", "refquota": "none", "x:z": "1"}))
 	must(n.Inherit(ctx, a, "x:y"))
 	is("off 0 - 1", "get", "-Hpo", "value", "readonly,refquota,x:y,x:z", a)
 
@@ -154,7 +154,7 @@ func TestNative(t *testing.T) {
 		{"snapshot", 1, func() error { return n.Snapshot(ctx, pool+"/n@s", nil) }},
 		{"clone", 1, func() error { return n.Clone(ctx, pool+"/n@s", pool+"/m", nil) }},
 		{"space", 1, func() error { _, err := n.Space(ctx, pool+"/m"); return err }},
-		{"set", 1, func() error { return n.Set(ctx, pool+"/m", "a:b", "c") }},
+		{"set", 1, func() error { return n.Set(ctx, pool+"/m", Properties{"a:b": "c"}) }},
 		{"destroy", 1, func() error { return n.Destroy(ctx, pool+"/m") }},
 	} {
 		before := n.Calls()

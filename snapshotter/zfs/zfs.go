@@ -30,9 +30,11 @@ type Space struct {
 // ResourceExhausted (no space, quota), Unavailable (no module, pool not
 // imported or suspended).
 type ZFS interface {
-	// Create makes a filesystem; its parent exists.
+	// Create makes a filesystem; its parent exists. With properties, other than those
+	// a filesystem has from its creation, it waits for the pool twice, and a crash
+	// of the machine may come in between.
 	Create(ctx context.Context, name string, props Properties) error
-	// Clone makes a filesystem of a snapshot.
+	// Clone makes a filesystem of a snapshot. With properties it is as Create.
 	Clone(ctx context.Context, snapshot, name string, props Properties) error
 	// Snapshot takes dataset@snapshot, with user properties.
 	Snapshot(ctx context.Context, name string, props Properties) error
@@ -43,10 +45,10 @@ type ZFS interface {
 	// does not stop the others: failed has an error for each that is still there,
 	// and none for what was not there. err ends it: no more can be tried now.
 	DestroyAll(ctx context.Context, names []string) (failed map[string]error, err error)
-	// Property is the value of a user property, or Unset.
+	// Property is the value of a property in the words of `zfs get`, or Unset.
 	Property(ctx context.Context, name, property string) (string, error)
-	// Set sets a user property.
-	Set(ctx context.Context, name, property, value string) error
+	// Set sets properties.
+	Set(ctx context.Context, name string, props Properties) error
 	// Space is what a filesystem or snapshot takes.
 	Space(ctx context.Context, name string) (Space, error)
 	// Objects are the files and directories of a snapshot, or of a filesystem that
@@ -55,6 +57,8 @@ type ZFS interface {
 	Objects(ctx context.Context, name string) (int64, error)
 	// Children are the names of the filesystems directly below parent, in no order.
 	Children(ctx context.Context, parent string) ([]string, error)
+	// Detached says that a call whose context ended may still take effect later.
+	Detached() bool
 	// Close gives back what the others use.
 	Close() error
 }

@@ -103,7 +103,7 @@ func testErrors(t *testing.T, z ZFS, pool string) {
 		{"destroy, has a clone", z.Destroy(ctx, pool+"/a@s"), errdefs.IsFailedPrecondition},
 		{"destroy, has a snapshot", z.Destroy(ctx, pool+"/a"), errdefs.IsFailedPrecondition},
 		{"destroy, none", z.Destroy(ctx, pool+"/none"), errdefs.IsNotFound},
-		{"set, none", z.Set(ctx, pool+"/none", "a:b", "c"), errdefs.IsNotFound},
+		{"set, none", z.Set(ctx, pool+"/none", Properties{"a:b": "c"}), errdefs.IsNotFound},
 		{"space, none", usedErr, errdefs.IsNotFound},
 		{"property, none", propErr, errdefs.IsNotFound},
 		{"children, none", childErr, errdefs.IsNotFound},
@@ -113,7 +113,7 @@ func testErrors(t *testing.T, z ZFS, pool string) {
 			t.Errorf("%s: %v", c.name, c.err)
 		}
 	}
-	must(z.Set(ctx, pool+"/b", "a:b", "other"))
+	must(z.Set(ctx, pool+"/b", Properties{"a:b": "other"}))
 	if v, err := z.Property(ctx, pool+"/b", "a:b"); err != nil || v != "other" {
 		t.Errorf("property %q, %v", v, err)
 	}
