@@ -35,29 +35,25 @@ type creation struct {
 	ended  chan struct{}  // closed at the end of the call that is on its way to give it that; nil: there is none
 }
 
-func (c *creations) begin(id string) {
+func (c *creations) put(id string, of creation) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ids == nil {
 		c.ids = map[string]*creation{}
 	}
-	c.ids[id] = &creation{}
+	c.ids[id] = &of
 }
+
+func (c *creations) begin(id string) { c.put(id, creation{}) }
 
 // owe says what the filesystem lacks, or may lack if it is there.
 func (c *creations) owe(id, origin string, props zfs.Properties) {
-	c.begin(id)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.ids[id].props, c.ids[id].origin = props, origin
+	c.put(id, creation{props: props, origin: origin})
 }
 
 // start is owe for a filesystem that is given it now.
 func (c *creations) start(id, origin string, props zfs.Properties) {
-	c.owe(id, origin, props)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.ids[id].ended = make(chan struct{})
+	c.put(id, creation{props: props, origin: origin, ended: make(chan struct{})})
 }
 
 // fail is for one that was not given it.

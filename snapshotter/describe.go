@@ -84,6 +84,10 @@ func (s *snapshotter) complete(ctx context.Context, id string, props zfs.Propert
 		s.creating.end(id)
 		return
 	}
+	s.postpone(ctx, id, err)
+}
+
+func (s *snapshotter) postpone(ctx context.Context, id string, err error) {
 	s.creating.fail(id)
 	log.G(ctx).WithError(err).WithField("dataset", s.name(id)).Warn("the dataset has no mark yet; tried again later")
 }
@@ -95,8 +99,7 @@ func (s *snapshotter) completeAll(ctx context.Context) error {
 		state, err := s.state(ctx, id, c.origin)
 		switch {
 		case err != nil:
-			s.creating.fail(id)
-			log.G(ctx).WithError(err).WithField("dataset", s.name(id)).Warn("the dataset has no mark yet; tried again later")
+			s.postpone(ctx, id, err)
 		case state == unmarked:
 			s.complete(ctx, id, c.props)
 		default:
