@@ -9,14 +9,16 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/moby/locker"
 	"github.com/moby/sys/mountinfo"
 )
 
 // objects remembers how many files committed snapshots hold, by id; that never
 // changes. The zero value is ready.
 type objects struct {
-	mu sync.Mutex // also while ZFS counts: one count of a snapshot excludes another
-	of map[string]int64
+	counting locker.Locker // by id: one count of a snapshot excludes another
+	mu       sync.Mutex    // of the map
+	of       map[string]int64
 }
 
 func (o *objects) forget(id string) {
@@ -25,11 +27,18 @@ func (o *objects) forget(id string) {
 	delete(o.of, id)
 }
 
-// get counts the files of a committed snapshot, if it was not done before.
-func (o *objects) get(id string, count func() (int64, error)) (int64, error) {
+func (o *objects) known(id string) (int64, bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if n, ok := o.of[id]; ok {
+	n, ok := o.of[id]
+	return n, ok
+}
+
+// get counts the files of a committed snapshot, if it was not done before.
+func (o *objects) get(id string, count func() (int64, error)) (int64, error) {
+	o.counting.Lock(id)
+	defer func() { _ = o.counting.Unlock(id) }()
+	if n, ok := o.known(id); ok {
 		return n, nil
 	}
 	return o.count(id, count)
@@ -38,8 +47,8 @@ func (o *objects) get(id string, count func() (int64, error)) (int64, error) {
 // anew counts the files of a snapshot that is being committed: what a Commit that
 // failed has counted may be less.
 func (o *objects) anew(id string, count func() (int64, error)) (int64, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
+	o.counting.Lock(id)
+	defer func() { _ = o.counting.Unlock(id) }()
 	return o.count(id, count)
 }
 
@@ -48,6 +57,8 @@ func (o *objects) count(id string, count func() (int64, error)) (int64, error) {
 	if err != nil {
 		return 0, err
 	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
 	if o.of == nil {
 		o.of = map[string]int64{}
 	}
