@@ -88,7 +88,7 @@ func serve(ctx context.Context, conf config) (err error) {
 	defer func() { err = errors.Join(err, s.Close()) }()
 	calls := observe.NewCalls()
 	if conf.MetricsAddress != "" {
-		end, err := serveMetrics(ctx, conf, s, z.(zfs.Lister), calls)
+		end, err := serveMetrics(ctx, conf, s, z, calls)
 		if err != nil {
 			return err
 		}

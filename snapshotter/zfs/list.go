@@ -30,7 +30,7 @@ type Entry struct {
 	Own Properties
 }
 
-// Lister lists in few calls what there is, for people. Both ways to ZFS do.
+// Lister lists in few calls what there is, for people.
 type Lister interface {
 	// Contents are the filesystems directly below parent and their snapshots.
 	Contents(ctx context.Context, parent string, properties []string) ([]Entry, error)
@@ -40,26 +40,6 @@ type Lister interface {
 	Property(ctx context.Context, name, property string) (string, error)
 	// Close gives back what the others use.
 	Close() error
-}
-
-var (
-	_ Lister = (*Native)(nil)
-	_ Lister = goZFS{}
-)
-
-// OpenLister opens a way to ZFS as New does, and logs nothing.
-func OpenLister(way string) (Lister, error) {
-	if way == GoZFS {
-		return goZFS{}, nil
-	}
-	n, err := OpenNative()
-	if err == nil {
-		return n, nil
-	}
-	if way == Auto && errdefs.IsNotImplemented(err) {
-		return goZFS{}, nil
-	}
-	return nil, err
 }
 
 // own says whether a property is set on the dataset itself: received counts.

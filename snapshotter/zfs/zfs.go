@@ -70,26 +70,48 @@ const (
 	GoZFS      = "go-zfs" // a zfs process for each call
 )
 
-// New opens a way to ZFS. With Auto, why it is not the native one is logged.
-// Errors: InvalidArgument for another word; with NativeOnly those of OpenNative.
-func New(ctx context.Context, way string) (ZFS, error) { return choose(ctx, way, OpenNative) }
+// Way is a way to ZFS, with all that is asked of it.
+type Way interface {
+	ZFS
+	Lister
+}
 
-func choose(ctx context.Context, way string, native func() (*Native, error)) (ZFS, error) {
+// New opens a way to ZFS. With Auto, go-zfs serves where the loaded module is not
+// known, and that is logged. Errors: InvalidArgument for another word, and those
+// of OpenNative.
+func New(ctx context.Context, way string) (Way, error) {
+	w, unknown, err := choose(way, OpenNative)
+	if unknown != nil {
+		log.G(ctx).WithError(unknown).Warn("ZFS is not used natively: a zfs process serves each call")
+	}
+	return w, err
+}
+
+// OpenLister opens a way to ZFS as New does, and logs nothing.
+func OpenLister(way string) (Lister, error) {
+	w, _, err := choose(way, OpenNative)
+	if err != nil {
+		return nil, err
+	}
+	return w, nil
+}
+
+// choose says with unknown why it is not the native one, if that is not the way asked for.
+func choose(way string, native func() (*Native, error)) (w Way, unknown, err error) {
 	switch way {
 	case Auto, NativeOnly:
 		n, err := native()
 		if err == nil {
-			return n, nil
+			return n, nil, nil
 		}
-		if way == NativeOnly {
-			return nil, err
+		if way == Auto && errdefs.IsNotImplemented(err) {
+			return goZFS{}, err, nil
 		}
-		log.G(ctx).WithError(err).Warn("ZFS is not used natively: a zfs process serves each call")
-		return goZFS{}, nil
+		return nil, nil, err
 	case GoZFS:
-		return goZFS{}, nil
+		return goZFS{}, nil, nil
 	}
-	return nil, fmt.Errorf("%q is no way to ZFS (known: %s, %s, %s): %w", way, Auto, NativeOnly, GoZFS, errdefs.ErrInvalidArgument)
+	return nil, nil, fmt.Errorf("%q is no way to ZFS (known: %s, %s, %s): %w", way, Auto, NativeOnly, GoZFS, errdefs.ErrInvalidArgument)
 }
 
 // Ready says whether the kernel has ZFS and the pool of name is imported.
