@@ -23,7 +23,6 @@ import (
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/diff/apply"
 	"github.com/containerd/containerd/v2/core/metadata"
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/containerd/v2/plugins/diff/walking"
@@ -34,6 +33,7 @@ import (
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
+	"github.com/containerd-pve/containerd-pve/snapshotter/compare"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
@@ -237,14 +237,16 @@ func TestUnpack(t *testing.T) {
 				"-O", "acltype=off", "-O", "xattr=off", "-O", "compression=on")
 			// The administrator's own dataset, with what it inherits.
 			command(t, "zfs", "create", pool+"/made")
-			unpackAll(t, openStore(t, way, pool+"/made"), dir)
+			unpackAll(t, way, pool+"/made", dir)
 		})
 	}
 }
 
-func unpackAll(t *testing.T, s snapshots.Snapshotter, dir string) {
+func unpackAll(t *testing.T, way, dataset, dir string) {
+	s, z := openStore(t, way, dataset), open(t, way)
 	ctx := namespaces.WithNamespace(t.Context(), "test")
-	store := contentStore(t, dir)
+	db := contentDB(t, dir)
+	store := db.ContentStore()
 	applier := apply.NewFileSystemApplier(store)
 	parent, number := "", 0
 	unpack := func(d ocispec.Descriptor) {
@@ -299,23 +301,32 @@ func unpackAll(t *testing.T, s snapshots.Snapshotter, dir string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	exported, err := walking.NewWalkingDiff(store).Compare(ctx, lower, upper, diff.WithMediaType(ocispec.MediaTypeImageLayer))
-	if err != nil {
-		t.Fatal(err)
-	}
-	parent = "layer-1"
-	unpack(exported)
 	// Of what changed containerd's differ keeps whole seconds, and of the
 	// attributes security.capability.
 	whole := regexp.MustCompile(`(:\d+ \d+)\.\d{9}`)
-	got, want := whole.ReplaceAllString(show("layer-4"), "$1"), whole.ReplaceAllString(unpacked, "$1")
-	if got != want {
-		t.Errorf("the exported difference makes this (-), not what it was made of (+):\n%s", cmp.Diff(strings.Split(got, "\n"), strings.Split(want, "\n")))
+	for _, by := range []struct {
+		name string
+		diff.Comparer
+		keeps func(string) string
+	}{
+		{"containerd", walking.NewWalkingDiff(store), func(text string) string { return whole.ReplaceAllString(text, "$1") }},
+		{"ours", compare.New(z, dataset, store, metadata.NewLeaseManager(db)), func(text string) string { return text }},
+	} {
+		exported, err := by.Compare(ctx, lower, upper, diff.WithMediaType(ocispec.MediaTypeImageLayer))
+		if err != nil {
+			t.Fatal(err)
+		}
+		parent = "layer-1"
+		unpack(exported)
+		got, want := by.keeps(show(parent)), by.keeps(unpacked)
+		if got != want {
+			t.Errorf("the difference exported by %s makes this (-), not what it was made of (+):\n%s", by.name, cmp.Diff(strings.Split(got, "\n"), strings.Split(want, "\n")))
+		}
 	}
 }
 
-// contentStore is a containerd's, with the labels that a differ wants to write.
-func contentStore(t *testing.T, dir string) content.Store {
+// contentDB has a content store as containerd's, with the labels that a differ wants to write.
+func contentDB(t *testing.T, dir string) *metadata.DB {
 	t.Helper()
 	blobs, err := local.NewStore(filepath.Join(dir, "content"))
 	if err != nil {
@@ -330,7 +341,7 @@ func contentStore(t *testing.T, dir string) content.Store {
 	if err := m.Init(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	return m.ContentStore()
+	return m
 }
 
 const sparseSize = 8 << 20

@@ -29,6 +29,8 @@ type config struct {
 	Root string `toml:"root"`
 	// Address is the unix socket.
 	Address string `toml:"address"`
+	// Containerd is the socket of the containerd whose content store exported layers go to.
+	Containerd string `toml:"containerd_address"`
 	// ZFS is the way to ZFS: auto, native or go-zfs.
 	ZFS string `toml:"zfs"`
 	// LogLevel is one of trace, debug, info, warn, error.
@@ -68,7 +70,7 @@ func parseConfig(data []byte) (config, error) {
 		for _, e := range strict.Errors {
 			keys = append(keys, strings.Join(e.Key(), "."))
 		}
-		return c, fmt.Errorf("unknown key %s (known: dataset, root, address, zfs, log_level, log_format, metrics_address): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+		return c, fmt.Errorf("unknown key %s (known: dataset, root, address, containerd_address, zfs, log_level, log_format, metrics_address): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 	}
 	if err != nil {
 		return c, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
@@ -83,6 +85,9 @@ func (c *config) complete() error {
 	}
 	if c.Address == "" {
 		c.Address = defaultAddress
+	}
+	if c.Containerd == "" {
+		c.Containerd = defaultContainerd
 	}
 	if c.ZFS == "" {
 		c.ZFS = zfs.Auto
@@ -99,7 +104,7 @@ func (c *config) complete() error {
 	if strings.ContainsAny(c.Dataset, "@# \t\n") || strings.HasPrefix(c.Dataset, "/") || strings.HasPrefix(c.Dataset, "-") || strings.HasSuffix(c.Dataset, "/") {
 		return fmt.Errorf("dataset %q is not the name of a filesystem as in `zfs list`: %w", c.Dataset, errdefs.ErrInvalidArgument)
 	}
-	for name, path := range map[string]string{"root": c.Root, "address": c.Address} {
+	for name, path := range map[string]string{"root": c.Root, "address": c.Address, "containerd_address": c.Containerd} {
 		if !filepath.IsAbs(path) {
 			return fmt.Errorf("%s %q is not an absolute path: %w", name, path, errdefs.ErrInvalidArgument)
 		}

@@ -10,8 +10,13 @@ import (
 	"path/filepath"
 	"time"
 
+	diffapi "github.com/containerd/containerd/api/services/diff/v1"
+	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
+	"github.com/containerd/containerd/v2/contrib/diffservice"
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
+	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
+	leasesproxy "github.com/containerd/containerd/v2/core/leases/proxy"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -19,8 +24,10 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/containerd-pve/containerd-pve/snapshotter"
+	"github.com/containerd-pve/containerd-pve/snapshotter/compare"
 	"github.com/containerd-pve/containerd-pve/snapshotter/observe"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
@@ -42,7 +49,7 @@ func serveCommand() *cobra.Command {
 			}
 			for _, f := range []struct{ to, from *string }{
 				{&conf.Dataset, &flags.Dataset}, {&conf.Root, &flags.Root},
-				{&conf.Address, &flags.Address}, {&conf.LogLevel, &flags.LogLevel}, {&conf.ZFS, &flags.ZFS},
+				{&conf.Address, &flags.Address}, {&conf.Containerd, &flags.Containerd}, {&conf.LogLevel, &flags.LogLevel}, {&conf.ZFS, &flags.ZFS},
 				{&conf.LogFormat, &flags.LogFormat}, {&conf.MetricsAddress, &flags.MetricsAddress},
 			} {
 				if *f.from != "" {
@@ -65,6 +72,7 @@ func serveCommand() *cobra.Command {
 	c.Flags().StringVar(&flags.Dataset, "dataset", "", "parent `dataset`, made if missing")
 	c.Flags().StringVar(&flags.Root, "root", "", "`directory` of the metadata (default "+defaultRoot+")")
 	c.Flags().StringVar(&flags.Address, "address", "", "unix `socket` (default "+defaultAddress+")")
+	c.Flags().StringVar(&flags.Containerd, "containerd-address", "", "containerd's `socket`, for layers that are exported (default "+defaultContainerd+")")
 	c.Flags().StringVar(&flags.ZFS, "zfs", "", "`way` to ZFS: auto, native or go-zfs (default auto)")
 	c.Flags().StringVar(&flags.LogLevel, "log-level", "", "trace, debug, info, warn or error (default info)")
 	c.Flags().StringVar(&flags.LogFormat, "log-format", "", "text or json (default text)")
@@ -94,12 +102,20 @@ func serve(ctx context.Context, conf config) (err error) {
 		}
 		defer end()
 	}
+	// It is met when a layer is exported: containerd starts after us.
+	containerd, err := grpc.NewClient("unix:"+conf.Containerd, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return fmt.Errorf("containerd at %s: %w", conf.Containerd, err)
+	}
+	defer containerd.Close()
 	l, err := listen(conf.Address)
 	if err != nil {
 		return err
 	}
 	server := grpc.NewServer(grpc.ChainUnaryInterceptor(calls.Unary), grpc.ChainStreamInterceptor(calls.Stream))
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
+	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(nil, compare.New(z, conf.Dataset,
+		contentproxy.NewContentStore(containerd), leasesproxy.NewLeaseManager(leasesapi.NewLeasesClient(containerd)))))
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(l) }()
 	log.G(ctx).WithField("dataset", conf.Dataset).Infof("serving snapshots on %s", conf.Address)

@@ -39,6 +39,7 @@ const (
 	reqGetHolds         request = 0x5a32
 	reqNextObject       request = 0x5a35
 	reqDiff             request = 0x5a36
+	reqTmpSnapshot      request = 0x5a37
 	reqObjectStats      request = 0x5a38
 	reqDestroySnaps     request = 0x5a3b
 	reqSendNew          request = 0x5a40
@@ -67,6 +68,7 @@ const (
 	offObjsType  = 12624
 	offObject    = 12656
 	offStats     = 12704 // dmu_objset_stats_t
+	offCleanup   = 13664 // int
 	offSimple    = 13668
 	offStat      = 13696 // zfs_stat_t: gen, mode, links, ctime[2], each of 64 bits
 
@@ -111,6 +113,7 @@ func (c *command) text(at, size int) string {
 }
 
 func (c *command) put64(at int, v uint64) { binary.NativeEndian.PutUint64(c[at:], v) }
+func (c *command) put32(at int, v uint32) { binary.NativeEndian.PutUint32(c[at:], v) }
 func (c *command) get64(at int) uint64    { return binary.NativeEndian.Uint64(c[at:]) }
 func (c *command) get32(at int) uint32    { return binary.NativeEndian.Uint32(c[at:]) }
 
