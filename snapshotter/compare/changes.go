@@ -43,25 +43,27 @@ var errUnclear = errors.New("the changes cannot be told from what ZFS wrote")
 // name came, went or stands for another file was written itself.
 type collector struct {
 	from, to tree
-	made     map[uint64]bool // objects of which there was no such file before
-	out      map[string]bool // path: removed
-	names    map[uint64]int  // of files with several names, how many are in out
-	links    map[uint64]uint64
+	made     map[uint64]bool   // objects of which there was no such file before
+	out      map[string]bool   // path: removed
+	links    map[uint64]uint64 // of the files in out with several names, how many they are
+	names    map[uint64]uint64 // and how many of those are in out
+	nameless map[uint64]bool   // files of which no name was found yet
 }
 
 // collect turns the objects that ZFS wrote between two snapshots into changes, in
 // the order of their paths, parents first. diff calls its argument for each.
 // Errors: errUnclear, or those of the trees and of diff.
 func collect(ctx context.Context, from, to tree, diff func(func(zfs.Change) error) error) ([]change, error) {
-	c := &collector{from: from, to: to, made: map[uint64]bool{}, out: map[string]bool{}, names: map[uint64]int{}, links: map[uint64]uint64{}}
+	c := &collector{
+		from: from, to: to, made: map[uint64]bool{}, out: map[string]bool{},
+		links: map[uint64]uint64{}, names: map[uint64]uint64{}, nameless: map[uint64]bool{},
+	}
 	var dirs, files []zfs.Change
+	var owners []string
 	err := diff(func(ch zfs.Change) error {
 		before, after := ch.Before, ch.After
-		for _, n := range []*zfs.Node{before, after} {
-			// An attribute that did not fit into its file: that file may not be written itself.
-			if n != nil && strings.Contains(n.Path, "<xattrdir>") {
-				return fmt.Errorf("%s: %w", n.Path, errUnclear)
-			}
+		if owner, ok := attributeOf(before, after); ok {
+			owners = append(owners, owner)
 		}
 		switch {
 		case after == nil: // its directory says so
@@ -91,19 +93,100 @@ func collect(ctx context.Context, from, to tree, diff func(func(zfs.Change) erro
 			return nil, err
 		}
 	}
+	for _, p := range owners {
+		if err := c.owner(p); err != nil {
+			return nil, err
+		}
+	}
 	for _, ch := range dirs {
 		// One that got another path lies in what came anew.
-		if removed, there := c.out[ch.After.Path]; ch.After.Path != "/" && (!there || removed) {
+		if removed, there := c.out[ch.After.Path]; ch.After.Path != "/" && !isAttribute(ch.After.Path) && (!there || removed) {
 			return nil, fmt.Errorf("%s: %w", ch.After.Path, errUnclear)
 		}
 	}
-	// A name that is left out would stay the old file's.
-	for object, n := range c.names {
-		if uint64(n) != c.links[object] {
-			return nil, fmt.Errorf("object %d has %d names, of which %d were found: %w", object, c.links[object], n, errUnclear)
-		}
+	if err := c.search(ctx); err != nil {
+		return nil, err
 	}
 	return sorted(c.out), nil
+}
+
+// xattrDir is in the path of an attribute that did not fit into its file: it is
+// an object of its own, whose file is not written when it is.
+const xattrDir = "/<xattrdir>"
+
+func isAttribute(p string) bool { return strings.Contains(p, xattrDir) }
+
+// attributeOf is the path of the file that an attribute is of.
+func attributeOf(before, after *zfs.Node) (owner string, ok bool) {
+	for _, n := range []*zfs.Node{after, before} {
+		if n != nil {
+			if owner, _, ok = strings.Cut(n.Path, xattrDir); ok {
+				return owner, true
+			}
+		}
+	}
+	return "", false
+}
+
+// owner is for a file of which an attribute changed; a directory may have a file
+// that is called like it.
+func (c *collector) owner(p string) error {
+	f, err := c.to.stat(p)
+	if isGone(err) {
+		return nil // the file went with it, or its new name is new
+	}
+	if err == nil && p != "/" {
+		c.add(p, f)
+	}
+	return err
+}
+
+func isGone(err error) bool { return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) }
+
+// search looks for all names of the files of which some are missing: one that is
+// left out would stay the old file's.
+func (c *collector) search(ctx context.Context) error {
+	missing := maps.Clone(c.nameless)
+	for object, n := range c.links {
+		if c.names[object] != n {
+			missing[object] = true
+		}
+	}
+	if len(missing) == 0 {
+		return nil
+	}
+	var look func(dir string) error
+	look = func(dir string) error {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		files, err := c.to.list(dir)
+		if err != nil {
+			return err
+		}
+		for name, f := range files {
+			p := path.Join(dir, name)
+			if missing[f.object] && !f.dir {
+				delete(c.nameless, f.object)
+				c.add(p, f)
+			}
+			if f.dir {
+				if err := look(p); err != nil {
+					return err
+				}
+			}
+		}
+		return nil
+	}
+	if err := look("/"); err != nil {
+		return err
+	}
+	for object := range missing {
+		if c.nameless[object] || c.names[object] != c.links[object] {
+			return fmt.Errorf("object %d has %d names, of which %d were found: %w", object, c.links[object], c.names[object], errUnclear)
+		}
+	}
+	return nil
 }
 
 // sorted puts a directory before what is in it.
@@ -135,7 +218,7 @@ func (c *collector) directory(ch zfs.Change) error {
 	if before == "" || after == "" {
 		return fmt.Errorf("directory %d has no path: %w", ch.Object, errUnclear)
 	}
-	if before != after {
+	if before != after || isAttribute(after) {
 		return nil // it, or one above it, is a new name in another one
 	}
 	if f, err := c.to.stat(after); err != nil {
@@ -156,7 +239,8 @@ func (c *collector) file(ch zfs.Change) error {
 			continue
 		}
 		f, err := c.to.stat(p)
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) {
+		if isGone(err) {
+			found = found || isAttribute(p)
 			continue // another of its names
 		}
 		if err != nil {
@@ -168,7 +252,7 @@ func (c *collector) file(ch zfs.Change) error {
 		}
 	}
 	if !found {
-		return fmt.Errorf("object %d has no path: %w", ch.Object, errUnclear)
+		c.nameless[ch.Object] = true
 	}
 	return nil
 }

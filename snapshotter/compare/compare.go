@@ -124,6 +124,9 @@ func (c *Comparer) Compare(ctx context.Context, lower, upper []mount.Mount, opts
 		log.G(ctx).WithField("dataset", to.dataset).Debugf("both trees are walked: %v", err)
 		changes, err = walk(ctx, fromTree, toTree)
 	}
+	if err == nil && fromTree != nil {
+		changes, err = rootToo(changes, fromTree, toTree)
+	}
 	if err != nil {
 		return ocispec.Descriptor{}, fmt.Errorf("comparing %s with %s: %w", to.dataset, from.dataset, err)
 	}
@@ -187,10 +190,7 @@ func (c *Comparer) ask(ctx context.Context, from, to side, fromTree, toTree *mou
 	if errors.Is(err, unix.ENAMETOOLONG) {
 		return nil, fmt.Errorf("%w: %w", errUnclear, err)
 	}
-	if err != nil {
-		return nil, err
-	}
-	return rootToo(changes, fromTree, toTree)
+	return changes, err
 }
 
 // descends says whether the snapshot base is what filesystem was cloned from, at whatever distance.
