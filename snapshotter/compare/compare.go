@@ -172,7 +172,7 @@ func (c *Comparer) ask(ctx context.Context, from, to side, fromTree, toTree *mou
 		after, err = c.zfs.Property(ctx, to.dataset, "origin")
 	} else {
 		// What programs wrote by mmap is in the kernel's memory still.
-		if err := unix.Syncfs(int(toTree.root.Fd())); err != nil {
+		if err := toTree.sync(); err != nil {
 			return nil, fmt.Errorf("syncing %s: %w", to.dataset, err)
 		}
 		var end func() error

@@ -2,9 +2,9 @@ package compare
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -46,11 +46,20 @@ func attach(ctx context.Context, dataset string, viewed bool) (_ *mounted, err e
 
 func (m *mounted) close() error { return m.root.Close() }
 
+// sync has all written that was changed.
+func (m *mounted) sync() error {
+	f, err := os.Open(m.path("/.")) // the root's descriptor is of the kind that only names (O_PATH)
+	if err != nil {
+		return err
+	}
+	return errors.Join(unix.Syncfs(int(f.Fd())), f.Close())
+}
+
 // dir is the root's path. Nobody can put another mount or a link below it that
 // was not in the filesystem.
 func (m *mounted) dir() string { return fmt.Sprintf("/proc/self/fd/%d", m.root.Fd()) }
 
-func (m *mounted) path(p string) string { return filepath.Join(m.dir(), p) }
+func (m *mounted) path(p string) string { return m.dir() + p }
 
 func (m *mounted) list(dir string) (map[string]file, error) {
 	f, err := os.Open(m.path(dir) + "/")
