@@ -1,0 +1,238 @@
+package pve
+
+import (
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"math"
+	"path"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// Container is what the conf of one of ours says.
+type Container struct {
+	Namespace, ID     string // containerd's
+	Image, Digest     string // empty if containerd did not say
+	Pod, PodNamespace string // of a container in a pod
+	Arch              string // as GOARCH
+	Hostname          string // what the container calls itself; empty: made of the id
+	// Rootfs is a volume ("tank:subvol-100-disk-0") or a directory, with the
+	// options that follow it in a conf ("size=8G"), if any.
+	Rootfs       string
+	Unprivileged bool
+	Limits       Limits
+	// StopSignal is the number that `pct shutdown` sends; 0: LXC's own.
+	StopSignal int
+	Args       []string
+	Env        []string // "NAME=value"
+	// Guard is the program that a start from outside containerd runs first, and
+	// which refuses it.
+	Guard string
+}
+
+// Limits are a container's, as the OCI spec has them.
+type Limits struct {
+	// Memory and Swap in bytes; swap is what may be swapped out besides. 0 or less: no limit.
+	Memory, Swap int64
+	// Quota of CPU time in each Period, in microseconds. 0 or less: no limit.
+	Quota  int64
+	Period uint64
+	// Weight is cpu.weight of cgroup v2, 1 to 10000; 0: not said.
+	Weight uint64
+}
+
+// Tag is what a conf of ours bears, and no other is touched without.
+const Tag = "containerd"
+
+// Host is what a node has: the limits of what has none. Proxmox takes 512 MiB
+// for memory and swap of a conf that says nothing.
+type Host struct {
+	Memory, Swap int64 // bytes
+}
+
+// ReadHost asks the kernel.
+func ReadHost() (Host, error) {
+	var i unix.Sysinfo_t
+	if err := unix.Sysinfo(&i); err != nil {
+		return Host{}, fmt.Errorf("sysinfo: %w", err)
+	}
+	unit := int64(i.Unit)
+	return Host{Memory: int64(i.Totalram) * unit, Swap: int64(i.Totalswap) * unit}, nil
+}
+
+var arches = map[string]string{"amd64": "amd64", "386": "i386", "arm64": "arm64", "arm": "armhf", "riscv64": "riscv64"}
+
+// Conf writes the conf of a new container. What Proxmox has no words for (an
+// entrypoint with an apostrophe, a variable with a line feed) is left out and named in
+// the description: the container runs as its image says all the same, because containerd
+// starts it. Errors: InvalidArgument, a rootfs that is none.
+func (c *Container) Conf(host Host) (*Conf, error) {
+	conf := &Conf{}
+	arch, ok := arches[c.Arch]
+	if !ok {
+		return nil, fmt.Errorf("conf: Proxmox knows no architecture %q: %w", c.Arch, errdefs.ErrInvalidArgument)
+	}
+	hostname := c.Hostname
+	if check("hostname", hostname) != nil {
+		hostname = HostnameOf(c.ID)
+	}
+	for _, p := range [][2]string{
+		{"arch", arch}, {"cmode", "shell"}, {"hostname", hostname}, {"ostype", "unmanaged"}, {"rootfs", c.Rootfs},
+		{"tags", strings.Join(c.tags(), ";")}, {"unprivileged", map[bool]string{false: "0", true: "1"}[c.Unprivileged]},
+	} {
+		if err := conf.Set(p[0], p[1]); err != nil {
+			return nil, err
+		}
+	}
+	if err := c.Limits.apply(conf, host); err != nil {
+		return nil, err
+	}
+	var left []string
+	line, ok := Entrypoint(c.Args)
+	if !ok || conf.Set("entrypoint", line) != nil {
+		left = append(left, "the entrypoint")
+	}
+	var entries []Entry
+	if c.StopSignal > 0 {
+		entries = append(entries, Entry{"lxc.signal.halt", strconv.Itoa(c.StopSignal)})
+	}
+	if c.Guard != "" {
+		entries = append(entries, Entry{"lxc.hook.pre-start", c.Guard})
+	}
+	for _, v := range c.Env {
+		e := Entry{"lxc.environment.runtime", v}
+		if !variable.MatchString(v) || checkLXC(e) != nil {
+			name, _, _ := strings.Cut(v, "=")
+			left = append(left, fmt.Sprintf("the variable %q", name))
+			continue
+		}
+		entries = append(entries, e)
+	}
+	if err := conf.SetLXC(entries); err != nil {
+		return nil, err
+	}
+	return conf, conf.SetDescription(c.describe(left))
+}
+
+// variable is what Proxmox takes for one of its property env.
+var variable = regexp.MustCompile(`^\w+=[^\x00-\x08\x0a-\x1f\x7f]*$`)
+
+// apply writes limits into a conf, each explicitly.
+func (l Limits) apply(conf *Conf, host Host) error {
+	memory, swap := l.Memory, l.Swap
+	if memory <= 0 || memory > host.Memory {
+		memory = host.Memory
+	}
+	if swap < 0 || l.Memory <= 0 {
+		swap = host.Swap
+	}
+	const mib = 1 << 20
+	set := [][2]string{
+		{"memory", strconv.FormatInt(max((memory+mib-1)/mib, 16), 10)},
+		{"swap", strconv.FormatInt((swap+mib-1)/mib, 10)},
+	}
+	conf.Delete("cores")
+	conf.Delete("cpulimit")
+	if l.Quota > 0 && l.Period > 0 {
+		limit := min(float64(l.Quota)/float64(l.Period), 8192)
+		set = append(set, [2]string{"cores", strconv.Itoa(max(int(math.Ceil(limit)), 1))}, [2]string{"cpulimit", strconv.FormatFloat(limit, 'f', -1, 64)})
+	}
+	conf.Delete("cpuunits")
+	if l.Weight > 0 {
+		set = append(set, [2]string{"cpuunits", strconv.FormatUint(min(l.Weight, 10000), 10)})
+	}
+	for _, p := range set {
+		if err := conf.Set(p[0], p[1]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Update writes other limits into a conf that is there.
+func (l Limits) Update(conf *Conf, host Host) error { return l.apply(conf, host) }
+
+// notTag is what a tag may not hold.
+var notTag = regexp.MustCompile(`[^a-z0-9_+.-]+`)
+
+func (c *Container) tags() []string {
+	all := []string{Tag}
+	for _, t := range []struct{ kind, name string }{{"ns", c.Namespace}, {"pod", c.Pod}} {
+		if name := strings.Trim(notTag.ReplaceAllString(strings.ToLower(t.name), "-"), "-"); name != "" {
+			all = append(all, t.kind+"-"+name)
+		}
+	}
+	return all
+}
+
+// describe is the text of the GUI's notes.
+func (c *Container) describe(left []string) string {
+	var b strings.Builder
+	line := func(name, value string) {
+		if value != "" {
+			// A value with line feeds is no text that could be told from the next line.
+			fmt.Fprintf(&b, "%s: %s\n\n", name, strings.Join(strings.Fields(value), " "))
+		}
+	}
+	b.WriteString("Managed by containerd: start, stop and remove it there.\n\n")
+	line("container", c.Namespace+"/"+c.ID)
+	line("pod", strings.TrimPrefix(path.Join(c.PodNamespace, c.Pod), "."))
+	line("image", c.Image)
+	line("digest", c.Digest)
+	line("not in this configuration", strings.Join(left, ", "))
+	text := b.String()
+	if len(text) > maxDescription {
+		text = strings.ToValidUTF8(text[:maxDescription], "")
+	}
+	return text
+}
+
+// HostnameOf makes a DNS name of any container id. Two ids do not share one: what
+// had to be changed bears a part of its hash.
+func HostnameOf(id string) string {
+	name := strings.Trim(notHost.ReplaceAllString(id, "-"), "-")
+	if name == id && len(name) <= maxLabel {
+		return name
+	}
+	sum := sha256.Sum256([]byte(id))
+	hash := hex.EncodeToString(sum[:4])
+	if len(name) > maxLabel-len(hash)-1 {
+		name = name[:maxLabel-len(hash)-1]
+	}
+	if name = strings.Trim(name, "-"); name == "" {
+		return "ct-" + hash
+	}
+	return name + "-" + hash
+}
+
+var notHost = regexp.MustCompile(`[^a-zA-Z0-9-]+`)
+
+// Entrypoint writes an argv as Proxmox's property entrypoint, which goes to
+// liblxc as it is: words between spaces, or between quotation marks, of which none is
+// escaped (lxc_string_split_quoted); marks around the whole value are taken away first
+// (confile.c, parse_line). ok is false for what cannot be said so.
+func Entrypoint(args []string) (line string, ok bool) {
+	var words []string
+	for _, a := range args {
+		switch {
+		case strings.ContainsAny(a, "'\n\r\v\f"):
+			return "", false
+		case a != "" && !strings.ContainsAny(a, " \t\""):
+			words = append(words, a)
+		case !strings.Contains(a, `"`):
+			words = append(words, `"`+a+`"`)
+		default:
+			return "", false
+		}
+	}
+	line = strings.Join(words, " ")
+	if len(words) == 0 || strings.HasPrefix(line, `"`) {
+		return "", false
+	}
+	return line, true
+}

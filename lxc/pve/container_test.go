@@ -1,0 +1,187 @@
+package pve
+
+import (
+	"flag"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+	"github.com/google/go-cmp/cmp"
+)
+
+var update = flag.Bool("update", false, "write testdata/*.conf anew")
+
+const (
+	mib = 1 << 20
+	gib = 1 << 30
+)
+
+var host = Host{Memory: 16 * gib, Swap: 2 * gib}
+
+// TestGolden: whole confs.
+func TestGolden(t *testing.T) {
+	for name, c := range map[string]Container{
+		"plain": {
+			Namespace: "default", ID: "web_1", Image: "docker.io/library/nginx:latest", Digest: "sha256:0123", Arch: "amd64",
+			Rootfs: "tank:subvol-100-disk-0,size=8G", StopSignal: 3, Args: []string{"/docker-entrypoint.sh", "nginx", "-g", "daemon off;"},
+			Env: []string{"PATH=/usr/bin:/bin", "EMPTY=", "NGINX_VERSION=1.29"}, Guard: "/usr/local/bin/containerd-pve guard",
+		},
+		"pod": {
+			Namespace: "k8s.io", ID: strings.Repeat("0123456789abcdef", 4), Image: "registry.k8s.io/pause:3.10", Pod: "web-7d9c", PodNamespace: "Prod_EU",
+			Arch: "arm64", Hostname: "web-7d9c", Rootfs: "tank:subvol-101-disk-0,size=8G", Unprivileged: true, Args: []string{"/pause"},
+			Limits: Limits{Memory: 300*mib + 1, Swap: 0, Quota: 150_000, Period: 100_000, Weight: 39},
+		},
+		"hostile": {
+			Namespace: "a b;c", ID: "../\nlock: backup", Image: "x\nmemory: 16\n[snap]", Digest: "é%41:", Arch: "amd64", Hostname: "a\nb",
+			Rootfs: "/var/lib/x", Args: []string{"sh", "-c", "echo 'it'"}, Limits: Limits{Memory: 1, Swap: -1, Quota: 1, Period: 1_000_000, Weight: 10000},
+			Env: []string{"A=1\nlxc.hook.mount: /x", "lxc.x=1", "B= 2 ", "=x", "C"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			conf, err := c.Conf(host)
+			if err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Join("testdata", name+".conf")
+			if *update {
+				if err := os.WriteFile(file, conf.Bytes(), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if d := cmp.Diff(string(want), string(conf.Bytes())); d != "" {
+				t.Error(d)
+			}
+			if len(Parse(conf.Bytes()).sections) > 0 {
+				t.Error("it has a section")
+			}
+		})
+	}
+}
+
+func TestConfRefused(t *testing.T) {
+	for _, c := range []Container{{Arch: "mips", Rootfs: "/x"}, {Arch: "amd64"}, {Arch: "amd64", Rootfs: "/x\nlock: backup"}} {
+		if _, err := c.Conf(host); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+}
+
+// TestUpdate: limits that went are gone.
+func TestUpdate(t *testing.T) {
+	conf := Parse([]byte("cores: 2\ncpulimit: 1.5\ncpuunits: 7\nmemory: 64\nonboot: 1\nswap: 0\n"))
+	if err := (Limits{Memory: 128 * mib, Swap: 64 * mib}).Update(conf, host); err != nil {
+		t.Fatal(err)
+	}
+	if got := string(conf.Bytes()); got != "memory: 128\nonboot: 1\nswap: 64\n" {
+		t.Error(got)
+	}
+}
+
+func TestHostnameOf(t *testing.T) {
+	seen := map[string]string{}
+	for _, id := range []string{
+		"web", "web_1", "web-1", "web.1", "-web", "web-", "_", ".", "ä", strings.Repeat("a", 63), strings.Repeat("a", 64), strings.Repeat("a", 76), strings.Repeat("-", 70),
+	} {
+		name := HostnameOf(id)
+		if why := hostname(name); why != "" || len(name) > maxLabel {
+			t.Errorf("%q: %q %s", id, name, why)
+		}
+		if other, there := seen[name]; there {
+			t.Errorf("%q and %q are both %q", id, other, name)
+		}
+		seen[name] = id
+	}
+	if got := HostnameOf("web-1"); got != "web-1" {
+		t.Error(got)
+	}
+}
+
+// split is lxc_string_split_quoted (lxc, src/lxc/string_utils.c) after parse_line
+// (confile.c) took the marks around the value away.
+func split(value string) []string {
+	if n := len(value); n > 1 && (value[0] == '\'' || value[0] == '"') && value[n-1] == value[0] {
+		value = value[1 : n-1]
+	}
+	var words []string
+	state, begin := byte(' '), 0
+	space := func(b byte) bool { return strings.IndexByte(" \t\n\v\f\r", b) >= 0 }
+	for i := 0; i < len(value); i++ {
+		b := value[i]
+		switch state {
+		case ' ':
+			if !space(b) {
+				begin, state = i, 'a'
+				if b == '"' || b == '\'' {
+					state = b
+				}
+			}
+		case 'a':
+			if space(b) {
+				words, state = append(words, value[begin:i]), ' '
+			}
+		default:
+			if b == state {
+				words, state = append(words, value[begin+1:i]), ' '
+			}
+		}
+	}
+	if state == 'a' {
+		words = append(words, value[begin:])
+	}
+	return words
+}
+
+// TestEntrypoint: what is said liblxc reads as it was meant.
+func TestEntrypoint(t *testing.T) {
+	for _, c := range []struct {
+		args []string
+		ok   bool
+	}{
+		{[]string{"/bin/sh"}, true},
+		{[]string{"nginx", "-g", "daemon off;"}, true},
+		{[]string{"a", "", " ", "\t", "b"}, true},
+		{[]string{"a", "ends with\""}, false},
+		{[]string{"a", "it's"}, false},
+		{[]string{"a", "x\ny"}, false},
+		{[]string{"/with space", "b c"}, false},
+		{[]string{"", "b"}, false},
+		{nil, false},
+	} {
+		line, ok := Entrypoint(c.args)
+		if ok != c.ok || ok && !slices.Equal(split(line), c.args) {
+			t.Errorf("%q: %q, %v, read as %q", c.args, line, ok, split(line))
+		}
+	}
+}
+
+// FuzzContainer: whatever an image, a pod or a client say, the conf has the lines
+// that were meant and no other.
+func FuzzContainer(f *testing.F) {
+	f.Add("id", "image", "pod", "arg", "A=1")
+	f.Add("a\nb", "[x]\n", "%0a", "\"x y\"", "A=1\nlxc.hook.mount: x")
+	line := regexp.MustCompile(`^(#.*|(arch|cmode|hostname|memory|ostype|rootfs|swap|tags|unprivileged|entrypoint): .+|lxc\.environment\.runtime: \w+=.*)$`)
+	f.Fuzz(func(t *testing.T, id, image, pod, arg, env string) {
+		c := Container{Namespace: pod, ID: id, Image: image, Digest: image, Pod: pod, PodNamespace: id, Arch: "amd64", Hostname: pod, Rootfs: "tank:subvol-1-disk-0", Args: []string{"x", arg}, Env: []string{env}}
+		conf, err := c.Conf(host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text := string(conf.Bytes())
+		for l := range strings.SplitSeq(strings.TrimSuffix(text, "\n"), "\n") {
+			if !line.MatchString(l) {
+				t.Errorf("the line %q of %q", l, text)
+			}
+		}
+		if line, ok := conf.Get("entrypoint"); ok && !slices.Equal(split(line), c.Args) {
+			t.Errorf("%q: %q", c.Args, line)
+		}
+	})
+}
