@@ -160,7 +160,8 @@ func TestChangeAndRemove(t *testing.T) {
 	if err := n.Change(short, 202, set); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("a locked conf: %v", err)
 	}
-	time.AfterFunc(2*lockPause, func() { _ = unix.Flock(int(lock.Fd()), unix.LOCK_UN) })
+	fd := int(lock.Fd())
+	time.AfterFunc(2*lockPause, func() { _ = unix.Flock(fd, unix.LOCK_UN) })
 	if err := n.Change(ctx, 202, set); err != nil {
 		t.Error(err)
 	}
