@@ -21,6 +21,7 @@ require (
 	github.com/elastic/go-seccomp-bpf v1.6.0
 	github.com/godbus/dbus/v5 v5.1.0
 	github.com/google/go-cmp v0.7.0
+	github.com/hanwen/go-fuse/v2 v2.12.1
 	github.com/mistifyio/go-zfs/v3 v3.0.1
 	github.com/moby/locker v1.0.1
 	github.com/moby/sys/atomicwriter v0.1.0

@@ -279,22 +279,29 @@ func (r Range) check(where string) error {
 }
 
 // taken are the VMIDs of all guests of the cluster, as its filesystem lists them.
+// It is a hint: what it lacks is found when the conf is created. The list is made
+// anew whenever anybody asks for its size, also while it is read (pve-cluster,
+// cfs-plug-func.c), so it may be no JSON.
 func (n *Node) taken() (map[int]bool, error) {
-	text, err := os.ReadFile(filepath.Join(n.Root, ".vmlist"))
-	if err != nil {
-		return nil, fmt.Errorf("reading the cluster's guests: %w", err)
-	}
-	var list struct {
-		IDs map[string]struct{} `json:"ids"`
-	}
-	if err := json.Unmarshal(text, &list); err != nil {
-		return nil, fmt.Errorf("reading the cluster's guests from %s/.vmlist: %w", n.Root, err)
-	}
-	taken := map[int]bool{}
-	for id := range list.IDs {
-		if vmid, err := strconv.Atoi(id); err == nil {
-			taken[vmid] = true
+	const tries = 5
+	for range tries {
+		text, err := os.ReadFile(filepath.Join(n.Root, ".vmlist"))
+		if err != nil {
+			return nil, fmt.Errorf("reading the cluster's guests: %w", err)
 		}
+		var list struct {
+			IDs map[string]struct{} `json:"ids"`
+		}
+		if json.Unmarshal(text, &list) != nil {
+			continue
+		}
+		taken := map[int]bool{}
+		for id := range list.IDs {
+			if vmid, err := strconv.Atoi(id); err == nil {
+				taken[vmid] = true
+			}
+		}
+		return taken, nil
 	}
-	return taken, nil
+	return nil, nil
 }

@@ -1,0 +1,293 @@
+// Command pmxcfs stands in for Proxmox VE's cluster filesystem (/etc/pve) in the
+// test bed: one cluster in one process, with a mount for each node. It keeps
+// everything in memory, and refuses what the real one refuses (pve-cluster,
+// src/pmxcfs: memdb.c, pmxcfs.c, status.c).
+package main
+
+import (
+	"encoding/json"
+	"path"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+)
+
+const (
+	maxFile  = 1 << 20 // MEMDB_MAX_FILE_SIZE
+	maxTotal = 128 << 20
+)
+
+// entry is a file or directory.
+type entry struct {
+	dir  bool
+	data []byte
+	time time.Time
+}
+
+// cluster is what all nodes see.
+type cluster struct {
+	mu      sync.Mutex
+	entries map[string]*entry // by path, without a slash before it
+	quorate bool
+	version int
+	total   int
+}
+
+func newCluster(nodes []string) *cluster {
+	c := &cluster{entries: map[string]*entry{"": {dir: true}}, quorate: true}
+	dirs := []string{"nodes", "priv", "priv/lock", "firewall", "ha", "mapping", "sdn", "virtual-guest"}
+	for _, n := range nodes {
+		dirs = append(dirs, "nodes/"+n, "nodes/"+n+"/lxc", "nodes/"+n+"/qemu-server", "nodes/"+n+"/priv")
+	}
+	for _, d := range dirs {
+		c.entries[d] = &entry{dir: true, time: time.Now()}
+	}
+	return c
+}
+
+// guestConf is the path of a guest's conf (cfs-utils.c, path_contain_vm_config).
+var guestConf = regexp.MustCompile(`^nodes/([^/]+)/(lxc|qemu-server)/([1-9][0-9]*)\.conf$`)
+
+// guests are all of the cluster: VMID to node and kind. The caller holds the mutex.
+func (c *cluster) guests() map[string][2]string {
+	all := map[string][2]string{}
+	for p, e := range c.entries {
+		if m := guestConf.FindStringSubmatch(p); m != nil && !e.dir {
+			all[m[3]] = [2]string{m[1], m[2]}
+		}
+	}
+	return all
+}
+
+// taken says whether p is the conf of a guest whose number another one has
+// (vmlist_different_vm_exists).
+func (c *cluster) taken(p string) bool {
+	m := guestConf.FindStringSubmatch(p)
+	if m == nil {
+		return false
+	}
+	for q, e := range c.entries {
+		if q != p && !e.dir && strings.HasSuffix(q, "/"+m[3]+".conf") && guestConf.MatchString(q) {
+			return true
+		}
+	}
+	return false
+}
+
+// changed counts a change.
+func (c *cluster) changed(e *entry) {
+	c.version++
+	e.time = time.Now()
+}
+
+func (c *cluster) lookup(p string) (entry, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e, there := c.entries[p]
+	if !there {
+		return entry{}, false
+	}
+	return *e, true
+}
+
+// list are the names in a directory.
+func (c *cluster) list(p string) map[string]entry {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	names := map[string]entry{}
+	for q, e := range c.entries {
+		if q != "" && path.Dir("/"+q) == path.Clean("/"+p) {
+			names[path.Base(q)] = *e
+		}
+	}
+	return names
+}
+
+// parent says whether something can be made at p.
+func (c *cluster) parent(p string) syscall.Errno {
+	if !c.quorate {
+		return syscall.EACCES
+	}
+	e := c.entries[strings.Trim(path.Dir("/"+p), "/")]
+	switch {
+	case e == nil:
+		return syscall.ENOENT
+	case !e.dir:
+		return syscall.ENOTDIR
+	}
+	return 0
+}
+
+func (c *cluster) create(p string) syscall.Errno {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if errno := c.parent(p); errno != 0 {
+		return errno
+	}
+	if c.taken(p) || c.entries[p] != nil {
+		return syscall.EEXIST
+	}
+	c.entries[p] = &entry{}
+	c.changed(c.entries[p])
+	return 0
+}
+
+func (c *cluster) mkdir(p string) syscall.Errno {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if errno := c.parent(p); errno != 0 {
+		return errno
+	}
+	if c.entries[p] != nil {
+		return syscall.EEXIST
+	}
+	c.entries[p] = &entry{dir: true}
+	c.changed(c.entries[p])
+	return 0
+}
+
+// write puts data at an offset, or sets the size if data is nil.
+func (c *cluster) write(p string, data []byte, offset int) syscall.Errno {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e := c.entries[p]
+	size := offset + len(data)
+	switch {
+	case !c.quorate:
+		return syscall.EACCES
+	case e == nil:
+		return syscall.ENOENT
+	case e.dir:
+		return syscall.EISDIR
+	case size > maxFile:
+		return syscall.EFBIG
+	case c.taken(p):
+		return syscall.EEXIST
+	case c.total+max(size-len(e.data), 0) > maxTotal:
+		return syscall.ENOSPC
+	}
+	before := len(e.data)
+	if data != nil {
+		size = max(size, before)
+	}
+	// What others have read of it stays as it is.
+	content := make([]byte, size)
+	copy(content, e.data)
+	copy(content[min(offset, size):], data)
+	e.data = content
+	c.total += size - before
+	c.changed(e)
+	return 0
+}
+
+func (c *cluster) remove(p string, dir bool) syscall.Errno {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e := c.entries[p]
+	switch {
+	case !c.quorate:
+		return syscall.EACCES
+	case e == nil:
+		return syscall.ENOENT
+	case dir && !e.dir:
+		return syscall.ENOTDIR
+	case !dir && e.dir:
+		return syscall.EISDIR
+	case e.dir && c.inside(p):
+		return syscall.ENOTEMPTY
+	}
+	delete(c.entries, p)
+	c.total -= len(e.data)
+	c.version++
+	return 0
+}
+
+func (c *cluster) inside(p string) bool {
+	for q := range c.entries {
+		if strings.HasPrefix(q, p+"/") {
+			return true
+		}
+	}
+	return false
+}
+
+// rename replaces a file that is there, and moves directories only if they are empty.
+func (c *cluster) rename(from, to string) syscall.Errno {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	e := c.entries[from]
+	if e == nil {
+		return syscall.ENOENT
+	}
+	if errno := c.parent(to); errno != 0 {
+		return errno
+	}
+	if e.dir && strings.HasPrefix(from, "priv/lock/") {
+		return syscall.EACCES
+	}
+	if !e.dir && c.taken(to) {
+		// Only the guest itself moves from node to node.
+		f, t := guestConf.FindStringSubmatch(from), guestConf.FindStringSubmatch(to)
+		if f == nil || f[3] != t[3] {
+			return syscall.EEXIST
+		}
+	}
+	old := c.entries[to]
+	if e.dir && c.inside(from) || old != nil && old.dir && c.inside(to) {
+		return syscall.ENOTEMPTY
+	}
+	if old != nil {
+		c.total -= len(old.data)
+	}
+	delete(c.entries, from)
+	c.entries[to] = e
+	c.changed(e)
+	return 0
+}
+
+// vmlist is the file .vmlist.
+func (c *cluster) vmlist() []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	type guest struct {
+		Node    string `json:"node"`
+		Type    string `json:"type"`
+		Version int    `json:"version"`
+	}
+	list := struct {
+		Version int              `json:"version"`
+		IDs     map[string]guest `json:"ids"`
+	}{c.version, map[string]guest{}}
+	for vmid, g := range c.guests() {
+		kind := map[string]string{"lxc": "lxc", "qemu-server": "qemu"}[g[1]]
+		list.IDs[vmid] = guest{g[0], kind, 1}
+	}
+	text, err := json.MarshalIndent(list, "", " ")
+	if err != nil {
+		return nil // there is nothing in it that JSON has not
+	}
+	return append(text, '\n')
+}
+
+// setQuorum makes the cluster's files read-only, or writable again.
+func (c *cluster) setQuorum(quorate bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.quorate = quorate
+}
+
+func (c *cluster) hasQuorum() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.quorate
+}
+
+// versions is the file .version.
+func (c *cluster) versions() []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return []byte(`{"version": ` + strconv.Itoa(c.version) + "}\n")
+}
