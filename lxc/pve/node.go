@@ -82,10 +82,13 @@ func (n *Node) Register(ctx context.Context, want int, of func(vmid int) (*Conf,
 			continue
 		}
 		err := n.create(vmid, of)
-		if errors.Is(err, os.ErrExist) {
-			continue // since the list was read
+		if !errors.Is(err, os.ErrExist) {
+			return vmid, err
 		}
-		return vmid, err
+		// Somebody was first, and may be taking a row of them.
+		if taken, err = n.taken(); err != nil {
+			return 0, err
+		}
 	}
 	return 0, fmt.Errorf("no VMID from %d to %d is free (the range is vmid_range, or next-id in datacenter.cfg): %w", r.Lower, r.Upper-1, errdefs.ErrResourceExhausted)
 }
