@@ -25,6 +25,7 @@ type fake struct {
 	datasets map[string]zfs.Properties
 	creating func(name string)       // called before a filesystem is made
 	setting  func(name string) error // called before properties are set
+	renaming func() error            // called before a filesystem is renamed
 	objects  int64                   // in every snapshot; 0: not counted
 }
 
@@ -133,12 +134,26 @@ func (f *fake) Children(_ context.Context, parent string) ([]string, error) {
 
 func (f *fake) Close() error { return nil }
 
-func (f *fake) rename(from, to string) {
+func (f *fake) Rename(_ context.Context, from, to string) error {
+	if f.renaming != nil {
+		if err := f.renaming(); err != nil {
+			return err
+		}
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.datasets[from] == nil {
+		return errdefs.ErrNotFound
+	}
+	if f.datasets[to] != nil {
+		return errdefs.ErrAlreadyExists
+	}
 	f.datasets[to] = f.datasets[from]
 	delete(f.datasets, from)
+	return nil
 }
+
+func (f *fake) rename(from, to string) { _ = f.Rename(context.Background(), from, to) }
 
 const parent = "pool/parent"
 

@@ -58,6 +58,8 @@ type snapshotter struct {
 	inherited zfs.Properties // what a filesystem has of its own accord, of what it has to have
 	hasty     bool           // the rest can be set after the caller was answered
 	creating  creations
+	places    places
+	placing   sync.Mutex     // one Place at a time
 	commits   *locker.Locker // by key: a leftover @snapshot of a crash is told from a racing Commit's
 	objects   objects
 	cleanupMu sync.Mutex
@@ -113,6 +115,9 @@ func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ snapshots.Snap
 	s := &snapshotter{zfs: z, dataset: dataset, ms: ms, lock: lock, commits: locker.New(), stop: stop, done: make(chan struct{})}
 	if err = s.bind(ctx, store); err == nil {
 		err = s.inherit(ctx)
+	}
+	if err == nil {
+		err = s.readPlaces(ctx)
 	}
 	if err == nil {
 		err = s.dropUnfinished(ctx)
@@ -199,8 +204,6 @@ func (s *snapshotter) Close() error {
 	})
 	return s.closeErr
 }
-
-func (s *snapshotter) name(id string) string { return s.dataset + "/" + id }
 
 func (s *snapshotter) Stat(ctx context.Context, key string) (info snapshots.Info, err error) {
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
@@ -415,6 +418,9 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	if err != nil {
 		return fmt.Errorf("committing %s: %w", key, err)
 	}
+	if s.places.get(id) != "" {
+		return fmt.Errorf("committing %s: %s is a Proxmox container's disk, of which an export makes a layer (nerdctl commit): %w", key, s.name(id), errdefs.ErrFailedPrecondition)
+	}
 	snap, props := s.name(id)+committed, zfs.Properties{}
 	describe(props, propName, name)
 	err = s.zfs.Snapshot(ctx, snap, props)
@@ -471,15 +477,22 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("reading the records: %w", err)
 	}
-	var ids []uint64
+	of := s.places.all()
 	for _, name := range names {
-		id := strings.TrimPrefix(name, s.dataset+"/")
+		if id := strings.TrimPrefix(name, s.dataset+"/"); of[id] == "" {
+			of[id] = name
+		}
+	}
+	var ids []uint64
+	var gone []string
+	for id, name := range of {
 		n, err := strconv.ParseUint(id, 10, 64)
 		if _, ok := live[id]; ok || err != nil {
 			continue
 		}
 		mark, err := s.zfs.Property(ctx, name, propID)
 		if errdefs.IsNotFound(err) {
+			gone = append(gone, id)
 			continue
 		}
 		if err != nil {
@@ -505,7 +518,12 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 		if err := cmp.Or(failed[name+committed], failed[name]); err != nil {
 			log.G(ctx).WithError(err).WithField("dataset", name).Warn("not destroyed yet; tried again later")
 			left++
+			continue
 		}
+		gone = append(gone, strconv.FormatUint(n, 10))
+	}
+	if err == nil {
+		err = s.forgetPlaces(ctx, gone)
 	}
 	s.cleaned.count(len(ids), left, err)
 	if err != nil {

@@ -150,6 +150,19 @@ func get(ctx context.Context, name string) (*zfs.Dataset, error) {
 	return nil, fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
 }
 
+func (goZFS) Rename(ctx context.Context, from, to string) error {
+	if _, err := get(ctx, to); err == nil {
+		return fmt.Errorf("rename %s to %s: %w", from, to, errdefs.ErrAlreadyExists)
+	} else if !errdefs.IsNotFound(err) {
+		return err
+	}
+	err := do(ctx, "rename", from, func() error {
+		_, err := (&zfs.Dataset{Name: from}).Rename(to, false, false)
+		return err
+	})
+	return missing(ctx, err, from)
+}
+
 func (goZFS) Destroy(ctx context.Context, name string) error {
 	err := do(ctx, "destroy", name, func() error {
 		return (&zfs.Dataset{Name: name}).Destroy(zfs.DestroyDefault)

@@ -38,6 +38,8 @@ type ZFS interface {
 	Clone(ctx context.Context, snapshot, name string, props Properties) error
 	// Snapshot takes dataset@snapshot, with user properties.
 	Snapshot(ctx context.Context, name string, props Properties) error
+	// Rename gives a filesystem another name within its pool; the new parent exists.
+	Rename(ctx context.Context, from, to string) error
 	// Destroy removes exactly one filesystem or snapshot, never what depends on it.
 	Destroy(ctx context.Context, name string) error
 	// DestroyAll removes filesystems and snapshots of one pool in their order, with
