@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -92,6 +93,20 @@ func (s *snapshotter) idOf(dataset string) string {
 		return ""
 	}
 	return id
+}
+
+// Owner knows the datasets of its snapshots.
+type Owner interface {
+	// Owns says whether a dataset is called as one of a snapshot here is.
+	Owns(dataset string) bool
+}
+
+var _ Owner = (*snapshotter)(nil)
+
+// Owns implements Owner.
+func (s *snapshotter) Owns(dataset string) bool {
+	_, err := strconv.ParseUint(s.idOf(dataset), 10, 64)
+	return err == nil
 }
 
 // Place implements Placer.

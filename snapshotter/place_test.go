@@ -40,6 +40,11 @@ func TestPlace(t *testing.T) {
 		}
 	}
 	at(s, disk)
+	for dataset, want := range map[string]bool{disk: true, m[0].Source: true, "pool/other": false, parent: false, parent + "/x": false, disk + "@snapshot": false} {
+		if got := s.(Owner).Owns(dataset); got != want {
+			t.Errorf("owns %s: %v", dataset, got)
+		}
+	}
 	if v, _ := z.Property(ctx, disk, "refquota"); v != "8G" {
 		t.Errorf("refquota %q", v)
 	}

@@ -114,7 +114,7 @@ func serve(ctx context.Context, conf config) (err error) {
 	}
 	server := grpc.NewServer(grpc.ChainUnaryInterceptor(calls.Unary), grpc.ChainStreamInterceptor(calls.Stream))
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
-	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(nil, compare.New(z, conf.Dataset,
+	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(nil, compare.New(z, s.(snapshotter.Owner).Owns,
 		contentproxy.NewContentStore(containerd), leasesproxy.NewLeaseManager(leasesapi.NewLeasesClient(containerd)))))
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(l) }()

@@ -57,20 +57,20 @@ type ZFS interface {
 	Property(ctx context.Context, name, property string) (string, error)
 }
 
-// Comparer compares snapshots whose datasets are right below one dataset.
+// Comparer compares the snapshots of a store.
 type Comparer struct {
-	zfs     ZFS
-	dataset string
-	store   content.Store
-	leases  leases.Manager
+	zfs    ZFS
+	owns   func(dataset string) bool
+	store  content.Store
+	leases leases.Manager
 }
 
 var _ diff.Comparer = (*Comparer)(nil)
 
-// New is a comparer for the snapshots below dataset. If z is a Differ as well,
-// changes are asked of ZFS. The layers go to store, under a lease.
-func New(z ZFS, dataset string, store content.Store, leases leases.Manager) *Comparer {
-	return &Comparer{zfs: z, dataset: dataset, store: store, leases: leases}
+// New is a comparer for the snapshots whose datasets owns knows. If z is a Differ
+// as well, changes are asked of ZFS. The layers go to store, under a lease.
+func New(z ZFS, owns func(dataset string) bool, store content.Store, leases leases.Manager) *Comparer {
+	return &Comparer{zfs: z, owns: owns, store: store, leases: leases}
 }
 
 // Compare writes what upper has more or less than lower into the content store.
@@ -144,8 +144,8 @@ type side struct {
 // side says which snapshot mounts are of. How ids are mapped where it is mounted
 // is nothing to its files.
 func (c *Comparer) side(m []mount.Mount) (side, error) {
-	if len(m) != 1 || m[0].Type != "zfs" || !strings.HasPrefix(m[0].Source, c.dataset+"/") || strings.ContainsAny(m[0].Source, "@#") {
-		return side{}, fmt.Errorf("these mounts are no snapshot below %s: %w", c.dataset, errdefs.ErrNotImplemented)
+	if len(m) != 1 || m[0].Type != "zfs" || !c.owns(m[0].Source) {
+		return side{}, fmt.Errorf("these mounts are no snapshot of pve-zfs: %w", errdefs.ErrNotImplemented)
 	}
 	return side{dataset: m[0].Source, view: slices.Contains(m[0].Options, "ro")}, nil
 }
