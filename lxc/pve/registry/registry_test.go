@@ -1,0 +1,177 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/containerd-pve/containerd-pve/lxc/pve"
+)
+
+// disks remembers what was moved.
+type disks struct {
+	moved map[string]string
+	fail  error
+}
+
+func (d *disks) Volume(_ context.Context, vmid int, _ string) (volume, target string, err error) {
+	name := fmt.Sprintf("subvol-%d-disk-0", vmid)
+	return "tank:" + name + ",size=8G", "tank/data/" + name, nil
+}
+
+func (d *disks) Move(_ context.Context, dataset, target string) error {
+	if d.fail != nil {
+		return d.fail
+	}
+	d.moved[dataset] = target
+	return nil
+}
+
+func newRegistry(t *testing.T) (*Registry, *disks) {
+	t.Helper()
+	root := t.TempDir()
+	if err := os.WriteFile(filepath.Join(root, ".vmlist"), []byte(`{"ids": {}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(filepath.Join(root, "lxc"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	d := &disks{moved: map[string]string{}}
+	node := &pve.Node{Root: root, Locks: filepath.Join(t.TempDir(), "locks")}
+	r, err := New(node, filepath.Join(t.TempDir(), "records"), "/usr/local/bin/containerd-pve", pve.Host{Memory: 1 << 30, Swap: 0}, d)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r, d
+}
+
+func container(id string) pve.Container {
+	return pve.Container{Namespace: "default", ID: id, Arch: "amd64"}
+}
+
+func (r *Registry) text(t *testing.T, vmid int) string {
+	t.Helper()
+	c, err := r.node.Read(vmid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(c.Bytes())
+}
+
+// TestLife: a container keeps its VMID over its tasks, with its limits as they
+// are; removed, it leaves nothing.
+func TestLife(t *testing.T) {
+	ctx := context.Background()
+	r, d := newRegistry(t)
+	vmid, dataset, err := r.Register(ctx, 0, container("web"), Disk{Dataset: "tank/ours/7"})
+	if err != nil || vmid != 100 || dataset != "tank/data/subvol-100-disk-0" || d.moved["tank/ours/7"] != dataset {
+		t.Fatalf("%d, %q, %v, moved %v", vmid, dataset, err, d.moved)
+	}
+	if text := r.text(t, 100); !strings.Contains(text, "rootfs: tank:subvol-100-disk-0,size=8G\n") || !strings.Contains(text, "memory: 1024\n") ||
+		!strings.Contains(text, "lxc.hook.pre-start: /usr/local/bin/containerd-pve guard default web\n") {
+		t.Error(text)
+	}
+	// Somebody's note stays.
+	if err := r.node.Change(ctx, 100, func(c *pve.Conf) error { return c.SetDescription("mine\n") }); err != nil {
+		t.Fatal(err)
+	}
+	d.moved = map[string]string{}
+	again := container("web")
+	again.Limits.Memory = 64 << 20
+	vmid, dataset, err = r.Register(ctx, 0, again, Disk{Dataset: dataset})
+	if err != nil || vmid != 100 || dataset != "tank/data/subvol-100-disk-0" || len(d.moved) > 0 {
+		t.Errorf("again: %d, %q, %v, moved %v", vmid, dataset, err, d.moved)
+	}
+	if text := r.text(t, 100); !strings.HasPrefix(text, "#mine\n") || !strings.Contains(text, "memory: 64\n") {
+		t.Error(text)
+	}
+	if err := r.Update(ctx, "default", "web", pve.Limits{Memory: 128 << 20}); err != nil || !strings.Contains(r.text(t, 100), "memory: 128\n") {
+		t.Errorf("update: %v, %s", err, r.text(t, 100))
+	}
+	if _, _, err := r.Register(ctx, 200, container("web"), Disk{}); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("another VMID: %v", err)
+	}
+	if vmid, _, err := r.Register(ctx, 0, container("db"), Disk{Directory: "/run/db/rootfs"}); err != nil || vmid != 101 || !strings.Contains(r.text(t, 101), "rootfs: /run/db/rootfs\n") {
+		t.Errorf("a directory: %d, %v", vmid, err)
+	}
+	if all, err := r.List(); err != nil || !slices.Equal(all, []Record{{"default", "web", 100}, {"default", "db", 101}}) {
+		t.Errorf("%v, %v", all, err)
+	}
+	for range 2 {
+		if err := r.Remove(ctx, "default", "web"); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := r.node.Read(100); !errdefs.IsNotFound(err) {
+		t.Errorf("the conf: %v", err)
+	}
+	if err := r.Update(ctx, "default", "web", pve.Limits{}); !errdefs.IsNotFound(err) {
+		t.Errorf("update of none: %v", err)
+	}
+}
+
+// TestFailures: what fails leaves neither record nor conf, or what the next call goes on with.
+func TestFailures(t *testing.T) {
+	ctx := context.Background()
+	r, d := newRegistry(t)
+	for _, bad := range []pve.Container{container("a/b"), container(""), {Namespace: "..", ID: "x", Arch: "amd64"}, {Namespace: "default", ID: "mips", Arch: "mips"}} {
+		if _, _, err := r.Register(ctx, 0, bad, Disk{Directory: "/x"}); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%+v: %v", bad, err)
+		}
+	}
+	if _, _, err := r.Register(ctx, 99, container("x"), Disk{Directory: "/x"}); !errdefs.IsInvalidArgument(err) {
+		t.Error(err)
+	}
+	if all, _ := r.List(); len(all) > 0 {
+		t.Errorf("records %v", all)
+	}
+	if ours, _ := r.node.Ours(); len(ours) > 0 {
+		t.Errorf("confs %v", ours)
+	}
+
+	// The disk could not be moved: the number is kept for the next try.
+	d.fail = errors.New("no space")
+	if _, _, err := r.Register(ctx, 300, container("x"), Disk{Dataset: "tank/ours/1"}); !errors.Is(err, d.fail) {
+		t.Error(err)
+	}
+	d.fail = nil
+	if vmid, _, err := r.Register(ctx, 0, container("x"), Disk{Dataset: "tank/ours/1"}); err != nil || vmid != 300 || len(d.moved) != 1 {
+		t.Errorf("the next try: %d, %v, %v", vmid, err, d.moved)
+	}
+
+	// A crash came between record and conf, or an administrator removed the conf: the same number.
+	if err := os.Remove(filepath.Join(r.node.Root, "lxc", "300.conf")); err != nil {
+		t.Fatal(err)
+	}
+	if vmid, _, err := r.Register(ctx, 0, container("x"), Disk{Dataset: "tank/data/subvol-300-disk-0"}); err != nil || vmid != 300 {
+		t.Errorf("%d, %v", vmid, err)
+	}
+
+	// Another guest has it meanwhile: that stays, and the container gets another.
+	const foreign = "memory: 512\ntags: containerd\n"
+	if err := os.WriteFile(filepath.Join(r.node.Root, "lxc", "300.conf"), []byte(foreign), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Update(ctx, "default", "x", pve.Limits{}); !errdefs.IsNotFound(err) {
+		t.Error(err)
+	}
+	if vmid, _, err := r.Register(ctx, 0, container("x"), Disk{Dataset: "tank/data/subvol-300-disk-0"}); err != nil || vmid != 100 {
+		t.Errorf("%d, %v", vmid, err)
+	}
+	if got := r.text(t, 300); got != foreign {
+		t.Errorf("the other's conf: %s", got)
+	}
+	if err := r.Remove(ctx, "default", "x"); err != nil {
+		t.Error(err)
+	}
+	if got := r.text(t, 300); got != foreign {
+		t.Errorf("the other's conf: %s", got)
+	}
+}
