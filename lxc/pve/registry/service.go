@@ -1,0 +1,109 @@
+package registry
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+
+	"github.com/containerd-pve/containerd-pve/lxc/pve"
+)
+
+// Service is the name of the registry among the services of a ttrpc server. A
+// message is JSON in a google.protobuf.BytesValue: it has one caller, the shim of the same release.
+const Service = "containerd_pve.registry.v1.Registry"
+
+type registerRequest struct {
+	VMID      int           `json:"vmid"`
+	Container pve.Container `json:"container"`
+	Disk      Disk          `json:"disk"`
+}
+
+type registerResponse struct {
+	VMID    int    `json:"vmid"`
+	Dataset string `json:"dataset"`
+}
+
+type updateRequest struct {
+	Namespace string     `json:"namespace"`
+	ID        string     `json:"id"`
+	Limits    pve.Limits `json:"limits"`
+}
+
+// Serve offers a registry on a ttrpc server.
+func Serve(server *ttrpc.Server, r *Registry) {
+	server.RegisterService(Service, &ttrpc.ServiceDesc{Methods: map[string]ttrpc.Method{
+		"Register": method(func(ctx context.Context, q registerRequest) (registerResponse, error) {
+			vmid, dataset, err := r.Register(ctx, q.VMID, q.Container, q.Disk)
+			return registerResponse{vmid, dataset}, err
+		}),
+		"Update": method(func(ctx context.Context, q updateRequest) (struct{}, error) {
+			return struct{}{}, r.Update(ctx, q.Namespace, q.ID, q.Limits)
+		}),
+	}})
+}
+
+func method[Request, Response any](f func(context.Context, Request) (Response, error)) ttrpc.Method {
+	return func(ctx context.Context, unmarshal func(any) error) (any, error) {
+		var in wrapperspb.BytesValue
+		if err := unmarshal(&in); err != nil {
+			return nil, err
+		}
+		var q Request
+		if err := json.Unmarshal(in.Value, &q); err != nil {
+			return nil, errgrpc.ToGRPC(fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument))
+		}
+		a, err := f(ctx, q)
+		if err != nil {
+			return nil, errgrpc.ToGRPC(err)
+		}
+		text, err := json.Marshal(a)
+		if err != nil {
+			return nil, err
+		}
+		return wrapperspb.Bytes(text), nil
+	}
+}
+
+// Client asks the registry of the node's daemon.
+type Client struct{ address string }
+
+// NewClient is for the daemon's socket; it is met with each call, of which a
+// container has few.
+func NewClient(address string) *Client { return &Client{address: address} }
+
+// Register is Registry.Register. Errors besides: Unavailable, no daemon answers.
+func (c *Client) Register(ctx context.Context, want int, container pve.Container, disk Disk) (vmid int, dataset string, err error) {
+	var a registerResponse
+	err = c.call(ctx, "Register", registerRequest{want, container, disk}, &a)
+	return a.VMID, a.Dataset, err
+}
+
+// Update is Registry.Update. Errors besides: Unavailable, no daemon answers.
+func (c *Client) Update(ctx context.Context, namespace, id string, limits pve.Limits) error {
+	return c.call(ctx, "Update", updateRequest{namespace, id, limits}, &struct{}{})
+}
+
+func (c *Client) call(ctx context.Context, name string, q, a any) error {
+	text, err := json.Marshal(q)
+	if err != nil {
+		return err
+	}
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "unix", c.address)
+	if err != nil {
+		return fmt.Errorf("the daemon does not answer (`systemctl start containerd-pve`): %w: %w", err, errdefs.ErrUnavailable)
+	}
+	client := ttrpc.NewClient(conn)
+	defer client.Close()
+	var out wrapperspb.BytesValue
+	if err := client.Call(ctx, Service, name, wrapperspb.Bytes(text), &out); err != nil {
+		return errgrpc.ToNative(err)
+	}
+	return json.Unmarshal(out.Value, a)
+}
