@@ -70,6 +70,8 @@ type Stdio struct {
 type CreateOptions struct {
 	// Namespace and ID are containerd's.
 	Namespace, ID string
+	// Name is LXC's; made of the two if empty.
+	Name string
 	// Bundle is the absolute path of the OCI bundle; State is kept below Bundle/lxc.
 	Bundle string
 	// Rootfs is the absolute path of the mounted root file system.
@@ -167,9 +169,12 @@ func (r *Runtime) openInit() (*initProgram, error) {
 // FailedPrecondition that the host lacks something. On error nothing is left
 // behind but Bundle/lxc.
 func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, retErr error) {
-	name, err := Name(o.Namespace, o.ID)
-	if err != nil {
-		return nil, err
+	name := o.Name
+	if name == "" {
+		var err error
+		if name, err = Name(o.Namespace, o.ID); err != nil {
+			return nil, err
+		}
 	}
 	pveInit, err := r.openInit()
 	if err != nil {

@@ -23,6 +23,10 @@ type Options struct {
 	LXC lxc.Config
 	// SystemdCgroup asks for systemd's cgroup driver.
 	SystemdCgroup bool
+	// ProxmoxRoot is where the cluster's filesystem of Proxmox is; /etc/pve if empty.
+	ProxmoxRoot string
+	// Registry is the daemon's socket for it; /run/containerd-pve/registry.sock if empty.
+	Registry string
 	// IOUID and IOGID own the container's stdio pipes.
 	IOUID, IOGID int
 }
@@ -38,6 +42,10 @@ type file struct {
 	Init string
 	// SystemdCgroup asks for systemd's cgroup driver.
 	SystemdCgroup bool
+	// ProxmoxRoot is where the cluster's filesystem of Proxmox is.
+	ProxmoxRoot string
+	// Registry is the daemon's socket for it.
+	Registry string
 }
 
 // Parse takes nil, runc.v1.Options or runtimeoptions.v1.Options.
@@ -88,9 +96,9 @@ func fromTOML(name string, body []byte) (Options, error) {
 			for _, e := range strict.Errors {
 				keys = append(keys, strings.Join(e.Key(), "."))
 			}
-			return Options{}, fmt.Errorf("%s: unknown key %s (known: LXCPath, LXCStart, Init, SystemdCgroup): %w", name, strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+			return Options{}, fmt.Errorf("%s: unknown key %s (known: LXCPath, LXCStart, Init, SystemdCgroup, ProxmoxRoot, Registry): %w", name, strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 		}
 		return Options{}, fmt.Errorf("%s: %w: %w", name, err, errdefs.ErrInvalidArgument)
 	}
-	return Options{SystemdCgroup: f.SystemdCgroup, LXC: lxc.Config{Path: f.LXCPath, Start: f.LXCStart, Init: f.Init}}, nil
+	return Options{SystemdCgroup: f.SystemdCgroup, ProxmoxRoot: f.ProxmoxRoot, Registry: f.Registry, LXC: lxc.Config{Path: f.LXCPath, Start: f.LXCStart, Init: f.Init}}, nil
 }

@@ -5,6 +5,7 @@
 package task
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -34,6 +35,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/containerd-pve/containerd-pve/lxc"
+	"github.com/containerd-pve/containerd-pve/lxc/pve/registry"
 	"github.com/containerd-pve/containerd-pve/shim/options"
 	"github.com/containerd-pve/containerd-pve/shim/stdio"
 )
@@ -68,6 +70,7 @@ type taskState struct {
 	bundle  string
 	rootfs  string
 	mounted bool
+	proxmox proxmox
 
 	ready     chan struct{} // closed when Create is through
 	container Container
@@ -198,6 +201,15 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	if spec.Process != nil {
 		spec.Process.Terminal = r.Terminal
 	}
+	name, config := "", o.LXC
+	if onProxmox(spec, &o) {
+		t.proxmox.registrar = registry.NewClient(cmp.Or(o.Registry, registryAddress))
+		t.proxmox.namespace, t.proxmox.id = s.namespace, r.ID
+		if name, err = t.proxmox.register(ctx, spec, r.Rootfs, filepath.Join(r.Bundle, "rootfs")); err != nil {
+			return nil, fmt.Errorf("task %s: %w", r.ID, err)
+		}
+		config = proxmoxConfig(config)
+	}
 	if err := t.mount(spec, r); err != nil {
 		return nil, err
 	}
@@ -217,8 +229,8 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	if p.io, err = stdio.Open(ctx, p.config); err != nil {
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
-	c, err := s.engine.Create(ctx, o.LXC, lxc.CreateOptions{
-		Namespace: s.namespace, ID: r.ID, Bundle: r.Bundle, Rootfs: t.rootfs, Spec: spec, SystemdCgroup: o.SystemdCgroup, Stdio: p.io.Child(),
+	c, err := s.engine.Create(ctx, config, lxc.CreateOptions{
+		Namespace: s.namespace, ID: r.ID, Name: name, Bundle: r.Bundle, Rootfs: t.rootfs, Spec: spec, SystemdCgroup: o.SystemdCgroup, Stdio: p.io.Child(),
 	})
 	if err != nil {
 		_ = p.io.Started(nil) // its ends of the pipes are nobody's now
@@ -702,6 +714,7 @@ func (s *Service) Update(ctx context.Context, r *api.UpdateTaskRequest) (*emptyp
 	if err := t.container.Update(ctx, &resources); err != nil {
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
+	t.proxmox.update(ctx, &resources)
 	return empty, nil
 }
 

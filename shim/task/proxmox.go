@@ -1,0 +1,164 @@
+package task
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"runtime"
+	"strconv"
+	"sync"
+
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	"github.com/opencontainers/cgroups"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/containerd-pve/containerd-pve/lxc"
+	"github.com/containerd-pve/containerd-pve/lxc/pve"
+	"github.com/containerd-pve/containerd-pve/lxc/pve/registry"
+	"github.com/containerd-pve/containerd-pve/shim/options"
+)
+
+// Annotations of a container.
+const (
+	annotationVMID = "io.containerd.pve.vmid" // asks for this VMID
+
+	// Those of containerd's CRI plugin.
+	criType         = "io.kubernetes.cri.container-type"
+	criSandbox      = "sandbox"
+	criPod          = "io.kubernetes.cri.sandbox-name"
+	criPodNamespace = "io.kubernetes.cri.sandbox-namespace"
+	criImage        = "io.kubernetes.cri.image-name"
+)
+
+// Where things are on a Proxmox node.
+const (
+	proxmoxPath     = "/var/lib/lxc" // the lxcpath at which Proxmox looks for containers
+	proxmoxRoot     = "/etc/pve"
+	registryAddress = "/run/containerd-pve/registry.sock"
+)
+
+// registrar is the registry of the node, which the daemon keeps.
+type registrar interface {
+	Register(ctx context.Context, want int, c pve.Container, disk registry.Disk) (vmid int, dataset string, err error)
+	Update(ctx context.Context, namespace, id string, limits pve.Limits) error
+}
+
+// proxmox is a container's being known to Proxmox. The zero value is of a
+// container that is not.
+type proxmox struct {
+	registrar registrar
+	namespace string
+	id        string
+
+	mu     sync.Mutex
+	limits pve.Limits
+}
+
+// register makes the container one of Proxmox's, if this is a node of it. It
+// changes the mounts to where the disk is then, and answers the container's LXC name.
+// A pod's sandbox is none: it has no disk and no process of the user's.
+func (p *proxmox) register(ctx context.Context, spec *specs.Spec, mounts []*types.Mount, rootfs string) (name string, err error) {
+	want := 0
+	if v, asked := spec.Annotations[annotationVMID]; asked {
+		if want, err = strconv.Atoi(v); err != nil || want == 0 {
+			return "", fmt.Errorf("annotation %s: %q is no VMID: %w", annotationVMID, v, errdefs.ErrInvalidArgument)
+		}
+	}
+	disk := registry.Disk{Directory: rootfs}
+	if len(mounts) == 1 && mounts[0].Type == "zfs" {
+		disk.Dataset = mounts[0].Source
+	}
+	p.limits = limitsOf(spec)
+	c := pve.Container{
+		Namespace: p.namespace, ID: p.id, Image: spec.Annotations[criImage],
+		Pod: spec.Annotations[criPod], PodNamespace: spec.Annotations[criPodNamespace],
+		Arch: runtime.GOARCH, Hostname: spec.Hostname, Unprivileged: unprivileged(spec), Limits: p.limits,
+	}
+	if spec.Process != nil {
+		c.Args, c.Env = spec.Process.Args, spec.Process.Env
+	}
+	vmid, dataset, err := p.registrar.Register(ctx, want, c, disk)
+	if err != nil {
+		return "", err
+	}
+	if dataset != "" {
+		mounts[0].Source = dataset
+	}
+	return strconv.Itoa(vmid), nil
+}
+
+// onProxmox says whether a container of this spec becomes one of Proxmox's here.
+func onProxmox(spec *specs.Spec, o *options.Options) bool {
+	root := cmp.Or(o.ProxmoxRoot, proxmoxRoot)
+	return spec.Annotations[criType] != criSandbox && pve.Found(root)
+}
+
+// unprivileged says whether the container has a user namespace of its own.
+func unprivileged(spec *specs.Spec) bool {
+	return spec.Linux != nil && len(spec.Linux.UIDMappings) > 0
+}
+
+// limitsOf are the limits of a spec.
+func limitsOf(spec *specs.Spec) pve.Limits {
+	var l pve.Limits
+	if spec.Linux != nil {
+		change(&l, spec.Linux.Resources)
+	}
+	return l
+}
+
+// change takes over what resources say; what they leave out stays.
+func change(l *pve.Limits, r *specs.LinuxResources) {
+	if r == nil {
+		return
+	}
+	if m := r.Memory; m != nil {
+		if m.Limit != nil {
+			l.Memory = *m.Limit
+		}
+		switch {
+		case m.Swap == nil:
+		case *m.Swap < 0:
+			l.Swap = -1
+		default: // the spec's is the sum of both
+			l.Swap = max(*m.Swap-max(l.Memory, 0), 0)
+		}
+	}
+	if c := r.CPU; c != nil {
+		if c.Quota != nil {
+			l.Quota = *c.Quota
+		}
+		if c.Period != nil {
+			l.Period = *c.Period
+		} else if l.Period == 0 {
+			l.Period = 100_000 // the kernel's (cgroup-v2.rst, cpu.max)
+		}
+		if c.Shares != nil && *c.Shares > 0 {
+			l.Weight = cgroups.ConvertCPUSharesToCgroupV2Value(*c.Shares)
+		}
+	}
+}
+
+// update writes changed limits into the conf. The container has them already, so
+// that Proxmox was not told is logged.
+func (p *proxmox) update(ctx context.Context, r *specs.LinuxResources) {
+	if p.registrar == nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	change(&p.limits, r)
+	if err := p.registrar.Update(ctx, p.namespace, p.id, p.limits); err != nil {
+		log.G(ctx).WithError(err).Warnf("task %s: Proxmox shows other limits than the container has", p.id)
+	}
+}
+
+// proxmoxConfig is where LXC has what Proxmox looks at.
+func proxmoxConfig(c lxc.Config) lxc.Config {
+	if c.Path == "" {
+		c.Path = proxmoxPath
+	}
+	return c
+}

@@ -1,0 +1,111 @@
+package task
+
+import (
+	"context"
+	"errors"
+	"reflect"
+	"runtime"
+	"testing"
+
+	"github.com/containerd/containerd/api/types"
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/containerd-pve/containerd-pve/lxc/pve"
+	"github.com/containerd-pve/containerd-pve/lxc/pve/registry"
+	"github.com/containerd-pve/containerd-pve/shim/options"
+)
+
+// asked is a registrar that remembers what it was asked.
+type asked struct {
+	want      int
+	container pve.Container
+	disk      registry.Disk
+	limits    pve.Limits
+	err       error
+}
+
+func (a *asked) Register(_ context.Context, want int, c pve.Container, disk registry.Disk) (int, string, error) {
+	a.want, a.container, a.disk = want, c, disk
+	if disk.Dataset == "" {
+		return 100, "", a.err
+	}
+	return 100, "tank/data/subvol-100-disk-0", a.err
+}
+
+func (a *asked) Update(_ context.Context, _, _ string, l pve.Limits) error {
+	a.limits = l
+	return a.err
+}
+
+func pointer[T any](v T) *T { return &v }
+
+func TestRegister(t *testing.T) {
+	ctx := context.Background()
+	a := &asked{}
+	p := &proxmox{registrar: a, namespace: "k8s.io", id: "c"}
+	spec := &specs.Spec{
+		Hostname: "h", Process: &specs.Process{Args: []string{"a", "b"}, Env: []string{"A=1"}},
+		Annotations: map[string]string{annotationVMID: "500", criPod: "p", criPodNamespace: "n", criImage: "i"},
+		Linux: &specs.Linux{
+			UIDMappings: []specs.LinuxIDMapping{{Size: 1}},
+			Resources: &specs.LinuxResources{
+				Memory: &specs.LinuxMemory{Limit: pointer(int64(100)), Swap: pointer(int64(150))}, CPU: &specs.LinuxCPU{Quota: pointer(int64(50_000)), Shares: pointer(uint64(1024))},
+			},
+		},
+	}
+	mounts := []*types.Mount{{Type: "zfs", Source: "tank/ours/7"}}
+	name, err := p.register(ctx, spec, mounts, "/b/rootfs")
+	if err != nil || name != "100" || mounts[0].Source != "tank/data/subvol-100-disk-0" {
+		t.Fatalf("%q, %v, %v", name, mounts, err)
+	}
+	want := pve.Container{
+		Namespace: "k8s.io", ID: "c", Image: "i", Pod: "p", PodNamespace: "n", Arch: runtime.GOARCH, Hostname: "h", Unprivileged: true,
+		Args: []string{"a", "b"}, Env: []string{"A=1"}, Limits: pve.Limits{Memory: 100, Swap: 50, Quota: 50_000, Period: 100_000, Weight: a.container.Limits.Weight},
+	}
+	if !reflect.DeepEqual(a.container, want) || a.want != 500 || a.container.Limits.Weight == 0 || a.disk.Dataset != "tank/ours/7" {
+		t.Errorf("%+v\nnot\n%+v, VMID %d", a.container, want, a.want)
+	}
+	p.update(ctx, &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: pointer(int64(200))}})
+	if l := want.Limits; a.limits.Memory != 200 || a.limits.Quota != l.Quota || a.limits.Swap != l.Swap {
+		t.Errorf("updated to %+v", a.limits)
+	}
+
+	overlay := []*types.Mount{{Type: "overlay", Source: "overlay"}}
+	delete(spec.Annotations, annotationVMID)
+	if name, err := p.register(ctx, spec, overlay, "/b/rootfs"); err != nil || name != "100" || a.want != 0 || a.disk != (registry.Disk{Directory: "/b/rootfs"}) || overlay[0].Source != "overlay" {
+		t.Errorf("overlay: %q, %v, %+v", name, err, a.disk)
+	}
+	for _, v := range []string{"", "0", "x", "1e3"} {
+		spec.Annotations[annotationVMID] = v
+		if _, err := p.register(ctx, spec, overlay, ""); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("VMID %q: %v", v, err)
+		}
+	}
+	spec.Annotations = nil
+	a.err = errors.New("no")
+	if _, err := p.register(ctx, spec, mounts, ""); !errors.Is(err, a.err) {
+		t.Error(err)
+	}
+	new(proxmox).update(ctx, nil) // of a container that is none of Proxmox's
+}
+
+func TestLimits(t *testing.T) {
+	for _, c := range []struct {
+		r    *specs.LinuxResources
+		want pve.Limits
+	}{
+		{nil, pve.Limits{}},
+		{&specs.LinuxResources{}, pve.Limits{}},
+		{&specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: pointer(int64(-1)), Swap: pointer(int64(-1))}}, pve.Limits{Memory: -1, Swap: -1}},
+		{&specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: pointer(int64(10)), Swap: pointer(int64(5))}}, pve.Limits{Memory: 10}},
+		{&specs.LinuxResources{CPU: &specs.LinuxCPU{Quota: pointer(int64(5)), Period: pointer(uint64(10)), Shares: pointer(uint64(0))}}, pve.Limits{Quota: 5, Period: 10}},
+	} {
+		if got := limitsOf(&specs.Spec{Linux: &specs.Linux{Resources: c.r}}); got != c.want && (c.r == nil || c.r.CPU == nil || got.Quota != c.want.Quota) {
+			t.Errorf("%+v: %+v, not %+v", c.r, got, c.want)
+		}
+	}
+	if onProxmox(&specs.Spec{}, &options.Options{ProxmoxRoot: t.TempDir()}) {
+		t.Error("an empty directory is Proxmox")
+	}
+}
