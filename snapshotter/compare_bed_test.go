@@ -72,7 +72,7 @@ func openComparing(t *testing.T) *comparing {
 	w := &asked{Native: n}
 	return &comparing{
 		Snapshotter: s, content: db.ContentStore(), zfs: w, Applier: apply.NewFileSystemApplier(db.ContentStore()),
-		Comparer: compare.New(w, s.(Owner).Owns, db.ContentStore(), metadata.NewLeaseManager(db)),
+		Comparer: compare.New(w, s.Owns, db.ContentStore(), metadata.NewLeaseManager(db)),
 	}
 }
 

@@ -157,7 +157,7 @@ func (f *fake) rename(from, to string) { _ = f.Rename(context.Background(), from
 
 const parent = "pool/parent"
 
-func start(t *testing.T, z zfs.ZFS, root string) snapshots.Snapshotter {
+func start(t *testing.T, z zfs.ZFS, root string) Store {
 	t.Helper()
 	s, err := New(context.Background(), z, root, parent)
 	if err != nil {

@@ -32,8 +32,6 @@ type Placer interface {
 	Place(ctx context.Context, dataset, to string, props zfs.Properties) error
 }
 
-var _ Placer = (*snapshotter)(nil)
-
 // places are the datasets that are not called by their ids, by their ids. The
 // zero value is ready.
 type places struct {
@@ -100,8 +98,6 @@ type Owner interface {
 	// Owns says whether a dataset is called as one of a snapshot here is.
 	Owns(dataset string) bool
 }
-
-var _ Owner = (*snapshotter)(nil)
 
 // Owns implements Owner.
 func (s *snapshotter) Owns(dataset string) bool {

@@ -23,7 +23,7 @@ func TestPlace(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	place := s.(Placer).Place
+	place := s.Place
 	if err := place(ctx, m[0].Source, disk, zfs.Properties{"refquota": "8G"}); err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +41,7 @@ func TestPlace(t *testing.T) {
 	}
 	at(s, disk)
 	for dataset, want := range map[string]bool{disk: true, m[0].Source: true, "pool/other": false, parent: false, parent + "/x": false, disk + "@snapshot": false} {
-		if got := s.(Owner).Owns(dataset); got != want {
+		if got := s.Owns(dataset); got != want {
 			t.Errorf("owns %s: %v", dataset, got)
 		}
 	}
@@ -51,7 +51,7 @@ func TestPlace(t *testing.T) {
 	if err := s.Commit(ctx, "layer", "container"); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("commit: %v", err)
 	}
-	if err := s.(snapshots.Cleaner).Cleanup(ctx); err != nil {
+	if err := s.Cleanup(ctx); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Close(); err != nil {
@@ -63,7 +63,7 @@ func TestPlace(t *testing.T) {
 		t.Fatal(err)
 	}
 	for range 2 {
-		if err := s.(snapshots.Cleaner).Cleanup(ctx); err != nil {
+		if err := s.Cleanup(ctx); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := z.Property(ctx, disk, propID); !errdefs.IsNotFound(err) {
@@ -96,7 +96,7 @@ func TestPlaceRefused(t *testing.T) {
 		{view[0].Source, "pool/x", errdefs.IsFailedPrecondition},
 		{m[0].Source, disk, errdefs.IsAlreadyExists},
 	} {
-		if err := s.(Placer).Place(ctx, c.from, c.to, nil); !c.is(err) {
+		if err := s.Place(ctx, c.from, c.to, nil); !c.is(err) {
 			t.Errorf("%s to %s: %v", c.from, c.to, err)
 		}
 	}
@@ -123,7 +123,7 @@ func TestPlaceCrash(t *testing.T) {
 			}
 			return errors.New("the crash")
 		}
-		_ = s.(Placer).Place(ctx, m[0].Source, disk, nil)
+		_ = s.Place(ctx, m[0].Source, disk, nil)
 		z.renaming = nil
 		next := start(t, z, crashed)
 		now, err := next.Mounts(ctx, "container")
@@ -133,10 +133,10 @@ func TestPlaceCrash(t *testing.T) {
 		if want := map[bool]string{false: m[0].Source, true: disk}[after]; now[0].Source != want {
 			t.Errorf("after %v: it is at %s, not %s", after, now[0].Source, want)
 		}
-		if err := next.(Placer).Place(ctx, now[0].Source, disk, nil); err != nil {
+		if err := next.Place(ctx, now[0].Source, disk, nil); err != nil {
 			t.Errorf("after %v: asked again: %v", after, err)
 		}
-		if err := next.(snapshots.Cleaner).Cleanup(ctx); err != nil {
+		if err := next.Cleanup(ctx); err != nil {
 			t.Error(err)
 		}
 		if _, err := z.Property(ctx, disk, propID); err != nil {

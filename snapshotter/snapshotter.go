@@ -70,13 +70,19 @@ type snapshotter struct {
 	done      chan struct{}
 }
 
-var (
-	_ snapshots.Snapshotter = (*snapshotter)(nil)
-	_ snapshots.Cleaner     = (*snapshotter)(nil)
-)
+// Store is all that a snapshotter of this package does.
+type Store interface {
+	snapshots.Snapshotter
+	snapshots.Cleaner
+	Counter
+	Placer
+	Owner
+}
+
+var _ Store = (*snapshotter)(nil)
 
 // New opens the store at root on the parent dataset, which it makes if missing.
-func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ snapshots.Snapshotter, err error) {
+func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ Store, err error) {
 	// Its parent is the runtime's as well, whose containers with a user namespace
 	// have to get through.
 	if err := os.MkdirAll(filepath.Dir(root), 0o711); err != nil {

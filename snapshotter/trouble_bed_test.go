@@ -60,7 +60,7 @@ func command(t *testing.T, argv ...string) string {
 }
 
 // openStore makes a snapshotter that is closed with the test.
-func openStore(t *testing.T, way, dataset string) snapshots.Snapshotter {
+func openStore(t *testing.T, way, dataset string) Store {
 	t.Helper()
 	s, err := New(context.Background(), open(t, way), filepath.Join(t.TempDir(), "root"), dataset)
 	if err != nil {

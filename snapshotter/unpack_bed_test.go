@@ -310,7 +310,7 @@ func unpackAll(t *testing.T, way, dataset, dir string) {
 		keeps func(string) string
 	}{
 		{"containerd", walking.NewWalkingDiff(store), func(text string) string { return whole.ReplaceAllString(text, "$1") }},
-		{"ours", compare.New(z, s.(Owner).Owns, store, metadata.NewLeaseManager(db)), func(text string) string { return text }},
+		{"ours", compare.New(z, s.Owns, store, metadata.NewLeaseManager(db)), func(text string) string { return text }},
 	} {
 		exported, err := by.Compare(ctx, lower, upper, diff.WithMediaType(ocispec.MediaTypeImageLayer))
 		if err != nil {

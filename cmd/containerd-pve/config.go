@@ -16,9 +16,10 @@ import (
 )
 
 const (
-	defaultConfig  = "/etc/containerd-pve/config.toml"
-	defaultAddress = "/run/containerd-pve/snapshotter.sock"
-	defaultRoot    = "/var/lib/containerd-pve/snapshotter"
+	defaultConfig   = "/etc/containerd-pve/config.toml"
+	defaultAddress  = "/run/containerd-pve/snapshotter.sock"
+	defaultRegistry = "/run/containerd-pve/registry.sock"
+	defaultRoot     = "/var/lib/containerd-pve/snapshotter"
 )
 
 // config is the TOML file.
@@ -37,6 +38,15 @@ type config struct {
 	LogLevel string `toml:"log_level"`
 	// LogFormat is text or json.
 	LogFormat string `toml:"log_format"`
+	// ProxmoxRoot is where the cluster's filesystem of Proxmox is.
+	ProxmoxRoot string `toml:"proxmox_root"`
+	// Registry is the unix socket for shims on a node of Proxmox.
+	Registry string `toml:"registry_address"`
+	// VMIDRange is where VMIDs are taken from, FIRST-LAST; next-id of datacenter.cfg if empty.
+	VMIDRange string `toml:"vmid_range"`
+	// Storage is the name of the storage for containers' disks, of type zfspool on
+	// the dataset's pool; the first of these if empty.
+	Storage string `toml:"storage"`
 	// MetricsAddress is where Prometheus finds the metrics: HOST:PORT, or the path
 	// of a unix socket. None if empty.
 	MetricsAddress string `toml:"metrics_address"`
@@ -70,7 +80,7 @@ func parseConfig(data []byte) (config, error) {
 		for _, e := range strict.Errors {
 			keys = append(keys, strings.Join(e.Key(), "."))
 		}
-		return c, fmt.Errorf("unknown key %s (known: dataset, root, address, containerd_address, zfs, log_level, log_format, metrics_address): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+		return c, fmt.Errorf("unknown key %s (known: dataset, root, address, containerd_address, zfs, log_level, log_format, metrics_address, proxmox_root, registry_address, vmid_range, storage): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 	}
 	if err != nil {
 		return c, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
@@ -89,6 +99,12 @@ func (c *config) complete() error {
 	if c.Containerd == "" {
 		c.Containerd = defaultContainerd
 	}
+	if c.ProxmoxRoot == "" {
+		c.ProxmoxRoot = "/etc/pve"
+	}
+	if c.Registry == "" {
+		c.Registry = defaultRegistry
+	}
 	if c.ZFS == "" {
 		c.ZFS = zfs.Auto
 	}
@@ -104,13 +120,16 @@ func (c *config) complete() error {
 	if strings.ContainsAny(c.Dataset, "@# \t\n") || strings.HasPrefix(c.Dataset, "/") || strings.HasPrefix(c.Dataset, "-") || strings.HasSuffix(c.Dataset, "/") {
 		return fmt.Errorf("dataset %q is not the name of a filesystem as in `zfs list`: %w", c.Dataset, errdefs.ErrInvalidArgument)
 	}
-	for name, path := range map[string]string{"root": c.Root, "address": c.Address, "containerd_address": c.Containerd} {
+	for name, path := range map[string]string{"root": c.Root, "address": c.Address, "containerd_address": c.Containerd, "proxmox_root": c.ProxmoxRoot, "registry_address": c.Registry} {
 		if !filepath.IsAbs(path) {
 			return fmt.Errorf("%s %q is not an absolute path: %w", name, path, errdefs.ErrInvalidArgument)
 		}
 	}
 	if !slices.Contains([]string{zfs.Auto, zfs.NativeOnly, zfs.GoZFS}, c.ZFS) {
 		return fmt.Errorf("zfs %q is none of %s, %s, %s: %w", c.ZFS, zfs.Auto, zfs.NativeOnly, zfs.GoZFS, errdefs.ErrInvalidArgument)
+	}
+	if _, err := parseVMIDs(c.VMIDRange); err != nil {
+		return err
 	}
 	if c.LogFormat != "text" && c.LogFormat != "json" {
 		return fmt.Errorf("log_format %q is neither text nor json: %w", c.LogFormat, errdefs.ErrInvalidArgument)

@@ -17,7 +17,6 @@ import (
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	contentproxy "github.com/containerd/containerd/v2/core/content/proxy"
 	leasesproxy "github.com/containerd/containerd/v2/core/leases/proxy"
-	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -114,9 +113,17 @@ func serve(ctx context.Context, conf config) (err error) {
 	}
 	server := grpc.NewServer(grpc.ChainUnaryInterceptor(calls.Unary), grpc.ChainStreamInterceptor(calls.Stream))
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
-	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(nil, compare.New(z, s.(snapshotter.Owner).Owns,
+	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(nil, compare.New(z, s.Owns,
 		contentproxy.NewContentStore(containerd), leasesproxy.NewLeaseManager(leasesapi.NewLeasesClient(containerd)))))
-	failed := make(chan error, 1)
+	failed := make(chan error, 2)
+	p, err := newProxmox(conf, z, s, containerd)
+	if err != nil {
+		return fmt.Errorf("this node of Proxmox: %w", err)
+	}
+	if p != nil {
+		go func() { failed <- p.serve(ctx, conf.Registry) }()
+		log.G(ctx).Infof("containers of this node are Proxmox's, by %s", conf.Registry)
+	}
 	go func() { failed <- server.Serve(l) }()
 	log.G(ctx).WithField("dataset", conf.Dataset).Infof("serving snapshots on %s", conf.Address)
 	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
@@ -143,10 +150,10 @@ func serve(ctx context.Context, conf config) (err error) {
 }
 
 // serveMetrics answers Prometheus until end is called.
-func serveMetrics(ctx context.Context, conf config, s snapshots.Snapshotter, lister zfs.Lister, calls *observe.Calls) (end func(), err error) {
+func serveMetrics(ctx context.Context, conf config, s snapshotter.Store, lister zfs.Lister, calls *observe.Calls) (end func(), err error) {
 	server, err := observe.Server(calls, &observe.Store{
 		Walk:    s.Walk,
-		Cleaned: s.(snapshotter.Counter).Cleaned,
+		Cleaned: s.Cleaned,
 		Calls:   zfs.Calls,
 		Available: func(ctx context.Context) (int64, error) {
 			return lister.Available(ctx, conf.Dataset)

@@ -26,20 +26,27 @@ import (
 
 // Disk is where the root file system of a container is.
 type Disk struct {
-	// Dataset is named as in the mounts of a snapshot of ours; empty for another
-	// snapshotter's.
+	// Dataset is the one that is mounted, whoever made it; empty if it is none.
 	Dataset string
-	// Directory is where it is mounted, for that case.
+	// Directory is where it is mounted.
 	Directory string
 }
 
 // Disks moves datasets of ours to where Proxmox looks for them.
 type Disks interface {
-	// Volume is the name and the options that a conf has for the disk of a VMID, and
-	// the dataset that this means.
-	Volume(ctx context.Context, vmid int, dataset string) (volume, target string, err error)
-	// Move renames dataset to target. It is done if it was before.
-	Move(ctx context.Context, dataset, target string) error
+	// Ours says whether a dataset is of a snapshot of ours. Another's stays where it is.
+	Ours(dataset string) bool
+	// Volume is the one that is to be of a VMID.
+	Volume(ctx context.Context, vmid int) (Volume, error)
+	// Move renames dataset to the volume's, and limits it. It is done if it was before.
+	Move(ctx context.Context, dataset string, to Volume) error
+}
+
+// Volume is one of Proxmox's on a storage of type zfspool.
+type Volume struct {
+	Conf    string // its name and options as a conf has them
+	Dataset string
+	Size    int64 // bytes
 }
 
 // Record is a container with its VMID.
@@ -51,6 +58,9 @@ type Record struct {
 
 // Registry is of one node.
 type Registry struct {
+	// Describe adds what the caller did not know of a new container; nil: nothing.
+	Describe func(context.Context, *pve.Container) error
+
 	node  *pve.Node
 	dir   string
 	disks Disks
@@ -131,15 +141,23 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 	if rec.VMID != 0 && want != 0 && rec.VMID != want {
 		return fail(fmt.Errorf("it has VMID %d for as long as it lives, not %d: %w", rec.VMID, want, errdefs.ErrFailedPrecondition))
 	}
+	if disk.Dataset != "" && !r.disks.Ours(disk.Dataset) {
+		disk.Dataset = ""
+	}
 	c.Guard = r.guardLine(c.Namespace, c.ID)
-	var target string
-	of := func(vmid int) (*pve.Conf, error) {
+	var volume Volume
+	if rec.VMID == 0 && r.Describe != nil {
+		if err := r.Describe(ctx, &c); err != nil {
+			return fail(err)
+		}
+	}
+	of := func(vmid int) (_ *pve.Conf, err error) {
 		c.Rootfs = disk.Directory
 		if disk.Dataset != "" {
-			var err error
-			if c.Rootfs, target, err = r.disks.Volume(ctx, vmid, disk.Dataset); err != nil {
+			if volume, err = r.disks.Volume(ctx, vmid); err != nil {
 				return nil, err
 			}
+			c.Rootfs = volume.Conf
 		}
 		conf, err := c.Conf(r.host)
 		if err != nil {
@@ -157,17 +175,17 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 	if disk.Dataset == "" {
 		return vmid, "", nil
 	}
-	if target == "" {
-		if _, target, err = r.disks.Volume(ctx, vmid, disk.Dataset); err != nil {
+	if volume.Dataset == "" { // it had a conf
+		if volume, err = r.disks.Volume(ctx, vmid); err != nil {
 			return fail(err)
 		}
 	}
-	if disk.Dataset != target {
-		if err := r.disks.Move(ctx, disk.Dataset, target); err != nil {
+	if disk.Dataset != volume.Dataset {
+		if err := r.disks.Move(ctx, disk.Dataset, volume); err != nil {
 			return fail(err)
 		}
 	}
-	return vmid, target, nil
+	return vmid, volume.Dataset, nil
 }
 
 // vmid finds the container's conf, or makes one.

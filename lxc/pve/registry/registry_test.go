@@ -21,16 +21,18 @@ type disks struct {
 	fail  error
 }
 
-func (d *disks) Volume(_ context.Context, vmid int, _ string) (volume, target string, err error) {
+func (d *disks) Ours(dataset string) bool { return strings.HasPrefix(dataset, "tank/") }
+
+func (d *disks) Volume(_ context.Context, vmid int) (Volume, error) {
 	name := fmt.Sprintf("subvol-%d-disk-0", vmid)
-	return "tank:" + name + ",size=8G", "tank/data/" + name, nil
+	return Volume{Conf: "tank:" + name + ",size=8G", Dataset: "tank/data/" + name, Size: 8 << 30}, nil
 }
 
-func (d *disks) Move(_ context.Context, dataset, target string) error {
+func (d *disks) Move(_ context.Context, dataset string, to Volume) error {
 	if d.fail != nil {
 		return d.fail
 	}
-	d.moved[dataset] = target
+	d.moved[dataset] = to.Dataset
 	return nil
 }
 
@@ -98,7 +100,7 @@ func TestLife(t *testing.T) {
 	if _, _, err := r.Register(ctx, 200, container("web"), Disk{}); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("another VMID: %v", err)
 	}
-	if vmid, _, err := r.Register(ctx, 0, container("db"), Disk{Directory: "/run/db/rootfs"}); err != nil || vmid != 101 || !strings.Contains(r.text(t, 101), "rootfs: /run/db/rootfs\n") {
+	if vmid, _, err := r.Register(ctx, 0, container("db"), Disk{Dataset: "other/7", Directory: "/run/db/rootfs"}); err != nil || vmid != 101 || !strings.Contains(r.text(t, 101), "rootfs: /run/db/rootfs\n") {
 		t.Errorf("a directory: %d, %v", vmid, err)
 	}
 	if all, err := r.List(); err != nil || !slices.Equal(all, []Record{{"default", "web", 100}, {"default", "db", 101}}) {
