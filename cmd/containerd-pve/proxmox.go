@@ -93,7 +93,7 @@ func newProxmox(conf config, z zfs.Way, s snapshotter.Store, conn *grpc.ClientCo
 	}
 	node := &pve.Node{Root: conf.ProxmoxRoot, Locks: "/run/lock/lxc", Range: vmids}
 	d := &disks{conf: conf, node: node, self: path.Base(self), zfs: z, store: s}
-	r, err := registry.New(node, filepath.Join(filepath.Dir(conf.Root), "proxmox"), program, host, d)
+	r, err := registry.New(node, recordsOf(conf), program, host, d)
 	if err != nil {
 		return nil, err
 	}

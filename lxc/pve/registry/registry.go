@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -81,12 +82,15 @@ func New(node *pve.Node, dir, guard string, host pve.Host, disks Disks) (*Regist
 
 // name is of a record and its lock: containerd's identifiers hold single hyphens
 // only between other characters, and no slash.
+// They stand in a shell's command as they are.
 func name(namespace, id string) (string, error) {
-	if namespace == "" || id == "" || strings.ContainsAny(namespace+id, "/\x00\n ") || strings.HasPrefix(namespace, ".") {
+	if namespace == "" || id == "" || notName.MatchString(namespace+id) || strings.HasPrefix(namespace, ".") {
 		return "", fmt.Errorf("namespace %q and container %q: %w", namespace, id, errdefs.ErrInvalidArgument)
 	}
 	return namespace + "--" + id, nil
 }
+
+var notName = regexp.MustCompile(`[^A-Za-z0-9_.-]`)
 
 func (r *Registry) read(file string) (rec Record, err error) {
 	text, err := os.ReadFile(filepath.Join(r.dir, file))
@@ -105,19 +109,30 @@ func (r *Registry) write(file string, rec Record) error {
 }
 
 // guardLine is the hook that says whose a conf is, and which refuses a start that
-// is not containerd's.
+// is not containerd's. It lets one be that was restored where this program is not.
+// liblxc gives it to a shell, after "exec ", with arguments of its own behind it.
 func (r *Registry) guardLine(namespace, id string) string {
-	return fmt.Sprintf("%s guard %s %s", r.guard, namespace, id)
+	return fmt.Sprintf("/bin/sh -c 'test ! -x %[1]s || exec %[1]s guard %[2]s %[3]s' sh", r.guard, namespace, id)
 }
 
 // mine says whether a conf is that container's.
 func (r *Registry) mine(namespace, id string) func(*pve.Conf) bool {
 	return func(c *pve.Conf) bool {
 		return slices.ContainsFunc(c.LXC(), func(e pve.Entry) bool {
-			_, args, _ := strings.Cut(e.Value, " guard ")
-			return e.Key == "lxc.hook.pre-start" && args == namespace+" "+id
+			return e.Key == "lxc.hook.pre-start" && strings.HasSuffix(e.Value, fmt.Sprintf(" guard %s %s' sh", namespace, id))
 		})
 	}
+}
+
+// Lookup is the VMID of a container, by the records in dir. Errors: NotFound.
+func Lookup(dir, namespace, id string) (int, error) {
+	r := &Registry{dir: dir, locks: locker.New()}
+	vmid := 0
+	err := r.with(namespace, id, func(rec Record) error {
+		vmid = rec.VMID
+		return nil
+	})
+	return vmid, err
 }
 
 // Register gives a container its VMID and its conf, and its disk the name that

@@ -77,7 +77,7 @@ func TestLife(t *testing.T) {
 		t.Fatalf("%d, %q, %v, moved %v", vmid, dataset, err, d.moved)
 	}
 	if text := r.text(t, 100); !strings.Contains(text, "rootfs: tank:subvol-100-disk-0,size=8G\n") || !strings.Contains(text, "memory: 1024\n") ||
-		!strings.Contains(text, "lxc.hook.pre-start: /usr/local/bin/containerd-pve guard default web\n") {
+		!strings.Contains(text, "lxc.hook.pre-start: /bin/sh -c 'test ! -x /usr/local/bin/containerd-pve || exec /usr/local/bin/containerd-pve guard default web' sh\n") {
 		t.Error(text)
 	}
 	// Somebody's note stays.
@@ -106,6 +106,12 @@ func TestLife(t *testing.T) {
 	if all, err := r.List(); err != nil || !slices.Equal(all, []Record{{"default", "web", 100}, {"default", "db", 101}}) {
 		t.Errorf("%v, %v", all, err)
 	}
+	if vmid, err := Lookup(r.dir, "default", "web"); err != nil || vmid != 100 {
+		t.Errorf("lookup: %d, %v", vmid, err)
+	}
+	if _, err := Lookup(r.dir, "default", "none"); !errdefs.IsNotFound(err) {
+		t.Errorf("lookup of none: %v", err)
+	}
 	for range 2 {
 		if err := r.Remove(ctx, "default", "web"); err != nil {
 			t.Error(err)
@@ -123,7 +129,7 @@ func TestLife(t *testing.T) {
 func TestFailures(t *testing.T) {
 	ctx := context.Background()
 	r, d := newRegistry(t)
-	for _, bad := range []pve.Container{container("a/b"), container(""), {Namespace: "..", ID: "x", Arch: "amd64"}, {Namespace: "default", ID: "mips", Arch: "mips"}} {
+	for _, bad := range []pve.Container{container("a/b"), container(""), container("a'b"), container("a b"), container("$x"), {Namespace: "..", ID: "x", Arch: "amd64"}, {Namespace: "default", ID: "mips", Arch: "mips"}} {
 		if _, _, err := r.Register(ctx, 0, bad, Disk{Directory: "/x"}); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%+v: %v", bad, err)
 		}
