@@ -28,12 +28,28 @@ type Dataset struct {
 	Used, Referenced int64
 }
 
-// Datasets lists the snapshots below dataset as ZFS holds them, the oldest first.
-// It needs no daemon and disturbs none.
-func Datasets(ctx context.Context, z zfs.Lister, dataset string) ([]Dataset, error) {
-	entries, err := z.Contents(ctx, dataset, []string{propID, propKey, propName, "readonly"})
+// Datasets lists the snapshots below dataset as ZFS holds them, and those that have
+// places below others; the oldest first. It needs no daemon and disturbs none.
+func Datasets(ctx context.Context, z zfs.Lister, dataset string, others ...string) ([]Dataset, error) {
+	store, err := z.Property(ctx, dataset, propStore)
 	if err != nil {
 		return nil, err
+	}
+	properties := []string{propID, propKey, propName, propStore, propPlace, "readonly"}
+	entries, err := z.Contents(ctx, dataset, properties)
+	if err != nil {
+		return nil, err
+	}
+	for _, other := range others {
+		placed, err := z.Contents(ctx, other, properties)
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range placed {
+			if e.Own[propPlace] == e.Name && e.Own[propStore] == store {
+				entries = append(entries, e)
+			}
+		}
 	}
 	return marked(entries), nil
 }
@@ -47,10 +63,10 @@ func marked(entries []zfs.Entry) []Dataset {
 		}
 	}
 	entries = slices.DeleteFunc(slices.Clone(entries), func(e zfs.Entry) bool {
-		return e.Snapshot || e.Own[propID] != path.Base(e.Name)
+		return e.Snapshot || e.Own[propID] != path.Base(e.Name) && e.Own[propPlace] != e.Name
 	})
 	id := func(e zfs.Entry) uint64 {
-		n, _ := strconv.ParseUint(path.Base(e.Name), 10, 64)
+		n, _ := strconv.ParseUint(e.Own[propID], 10, 64)
 		return n
 	}
 	slices.SortFunc(entries, func(a, b zfs.Entry) int {

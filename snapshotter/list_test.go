@@ -39,6 +39,8 @@ func smallStore() []zfs.Entry {
 		final("tank/c/13@snapshot", zfs.Properties{}),                                   //
 		made("tank/c/14", "", 15, zfs.Properties{propID: "14", propKey: "a\tb\x1b[2J"}), // not containerd's
 		made("tank/c/15", "tank/c/2@snapshot", 16, zfs.Properties{propID: "10"}),        // somebody's clone of ours
+		made("tank/data/subvol-100-disk-0", "tank/c/2@snapshot", 18, zfs.Properties{propID: "16", propKey: "default/20/ct", propPlace: "tank/data/subvol-100-disk-0"}),
+		made("tank/data/subvol-101-disk-0", "tank/c/2@snapshot", 19, zfs.Properties{propID: "16", propPlace: "tank/data/subvol-100-disk-0"}), // a copy of that
 		made("tank/c/other", "", 17, zfs.Properties{}),
 	}
 }
@@ -58,6 +60,7 @@ func TestMarked(t *testing.T) {
 		want("tank/c/12", "", snapshots.KindActive, 13, ""),
 		want("tank/c/13", "", snapshots.KindCommitted, 14, ""),
 		want("tank/c/14", "", snapshots.KindActive, 15, "a\tb\x1b[2J"),
+		want("tank/data/subvol-100-disk-0", "tank/c/2", snapshots.KindActive, 18, "default/20/ct"),
 	}
 	if got := marked(smallStore()); !slices.Equal(got, list) {
 		t.Errorf("%+v\nwant %+v", got, list)

@@ -143,10 +143,10 @@ func (s *snapshotter) Place(ctx context.Context, dataset, to string, props zfs.P
 		}
 		s.places.set(id, to)
 	}
-	if len(props) > 0 {
-		if err := s.zfs.Set(ctx, to, props); err != nil {
-			return fail(err)
-		}
+	all := zfs.Properties{propPlace: to, propStore: s.store}
+	maps.Copy(all, props)
+	if err := s.zfs.Set(ctx, to, all); err != nil {
+		return fail(err)
 	}
 	return nil
 }

@@ -40,7 +40,8 @@ const (
 	propID    = "containerd-pve:id"    // of a snapshot's filesystem: its own last name
 	propKey   = "containerd-pve:key"   // of the same: the key of Prepare or View
 	propName  = "containerd-pve:name"  // of its @snapshot: the name of Commit
-	propStore = "containerd-pve:store" // of the parent dataset: whose it is
+	propStore = "containerd-pve:store" // of the parent dataset, and of one with a place of its own: whose it is
+	propPlace = "containerd-pve:place" // of the latter: its own name
 	// maxProperty is the longest value that ZFS takes (ZAP_MAXVALUELEN, with its NUL).
 	maxProperty = 8191
 
@@ -52,6 +53,7 @@ const (
 type snapshotter struct {
 	zfs     zfs.ZFS
 	dataset string
+	store   string // its id
 	ms      *storage.MetaStore
 	lock    *os.File
 
@@ -118,7 +120,7 @@ func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ Store, err err
 		return nil, fmt.Errorf("opening the metadata: %w", err)
 	}
 	bg, stop := context.WithCancel(context.WithoutCancel(ctx))
-	s := &snapshotter{zfs: z, dataset: dataset, ms: ms, lock: lock, commits: locker.New(), stop: stop, done: make(chan struct{})}
+	s := &snapshotter{zfs: z, dataset: dataset, store: store, ms: ms, lock: lock, commits: locker.New(), stop: stop, done: make(chan struct{})}
 	if err = s.bind(ctx, store); err == nil {
 		err = s.inherit(ctx)
 	}

@@ -72,16 +72,9 @@ func (d *disks) Move(ctx context.Context, dataset string, to registry.Volume) er
 
 // newProxmox is this node's registry; nil if this is no node of Proxmox.
 func newProxmox(conf config, z zfs.Way, s snapshotter.Store, conn *grpc.ClientConn) (*proxmox, error) {
-	if !pve.Found(conf.ProxmoxRoot) {
-		return nil, nil
-	}
-	vmids, err := parseVMIDs(conf.VMIDRange)
-	if err != nil {
+	node, self, err := thisNode(conf)
+	if node == nil || err != nil {
 		return nil, err
-	}
-	self, err := os.Readlink(filepath.Join(conf.ProxmoxRoot, "local"))
-	if err != nil {
-		return nil, fmt.Errorf("the name of this node: %w", err)
 	}
 	program, err := os.Executable()
 	if err != nil {
@@ -91,8 +84,7 @@ func newProxmox(conf config, z zfs.Way, s snapshotter.Store, conn *grpc.ClientCo
 	if err != nil {
 		return nil, err
 	}
-	node := &pve.Node{Root: conf.ProxmoxRoot, Locks: "/run/lock/lxc", Range: vmids}
-	d := &disks{conf: conf, node: node, self: path.Base(self), zfs: z, store: s}
+	d := &disks{conf: conf, node: node, self: self, zfs: z, store: s}
 	r, err := registry.New(node, recordsOf(conf), program, host, d)
 	if err != nil {
 		return nil, err
@@ -100,6 +92,41 @@ func newProxmox(conf config, z zfs.Way, s snapshotter.Store, conn *grpc.ClientCo
 	p := &proxmox{registry: r, conn: conn}
 	r.Describe = p.describe
 	return p, nil
+}
+
+// thisNode is this node of Proxmox and its name; nil if it is none.
+func thisNode(conf config) (*pve.Node, string, error) {
+	if !pve.Found(conf.ProxmoxRoot) {
+		return nil, "", nil
+	}
+	vmids, err := parseVMIDs(conf.VMIDRange)
+	if err != nil {
+		return nil, "", err
+	}
+	self, err := os.Readlink(filepath.Join(conf.ProxmoxRoot, "local"))
+	if err != nil {
+		return nil, "", fmt.Errorf("the name of this node: %w", err)
+	}
+	return &pve.Node{Root: conf.ProxmoxRoot, Locks: "/run/lock/lxc", Range: vmids}, path.Base(self), nil
+}
+
+// containerStorages are the datasets below which containers' disks may be.
+func containerStorages(conf config) ([]string, error) {
+	node, self, err := thisNode(conf)
+	if node == nil || err != nil {
+		return nil, err
+	}
+	storages, err := node.Storages(self)
+	if err != nil {
+		return nil, err
+	}
+	var datasets []string
+	for _, s := range storages {
+		if pve.PoolOf(s.Pool) == pve.PoolOf(conf.Dataset) {
+			datasets = append(datasets, s.Pool)
+		}
+	}
+	return datasets, nil
 }
 
 // parseVMIDs reads a range as "1000-1999"; an empty one is none.

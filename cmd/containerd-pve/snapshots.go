@@ -61,7 +61,7 @@ func snapshotsCommand() *cobra.Command {
 		if err := conf.complete(); err != nil {
 			return err
 		}
-		list, err := listSnapshots(c.Context(), conf.ZFS, conf.Dataset)
+		list, err := listSnapshots(c.Context(), conf)
 		if err != nil {
 			return err
 		}
@@ -95,16 +95,21 @@ func snapshotsCommand() *cobra.Command {
 }
 
 // listSnapshots asks ZFS.
-func listSnapshots(ctx context.Context, way, dataset string) ([]snapshot, error) {
+func listSnapshots(ctx context.Context, conf config) ([]snapshot, error) {
+	dataset := conf.Dataset
 	if err := zfs.Ready(dataset); err != nil {
 		return nil, err
 	}
-	z, err := zfs.OpenLister(way)
+	z, err := zfs.OpenLister(conf.ZFS)
 	if err != nil {
 		return nil, err
 	}
 	defer z.Close()
-	datasets, err := snapshotter.Datasets(ctx, z, dataset)
+	places, err := containerStorages(conf)
+	if err != nil {
+		return nil, err
+	}
+	datasets, err := snapshotter.Datasets(ctx, z, dataset, places...)
 	if errdefs.IsNotFound(err) {
 		return nil, fmt.Errorf("dataset %s does not exist: `containerd-pve serve` makes it: %w", dataset, err)
 	}

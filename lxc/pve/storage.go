@@ -74,6 +74,12 @@ func parseStorages(text, node string) []Storage {
 	return storages
 }
 
+// PoolOf is the pool that a dataset is of.
+func PoolOf(dataset string) string {
+	pool, _, _ := strings.Cut(dataset, "/")
+	return pool
+}
+
 // Storage is the one of that name, or, if name is empty, the first that lies on
 // the pool that dataset is of: only there can be clones of its snapshots. Errors:
 // NotFound, FailedPrecondition for one on another pool.
@@ -82,20 +88,19 @@ func (n *Node) Storage(node, name, dataset string) (Storage, error) {
 	if err != nil {
 		return Storage{}, err
 	}
-	pool := func(d string) string { p, _, _ := strings.Cut(d, "/"); return p }
 	for _, s := range all {
 		if name != "" && s.Name != name {
 			continue
 		}
-		if pool(s.Pool) == pool(dataset) {
+		if PoolOf(s.Pool) == PoolOf(dataset) {
 			return s, nil
 		}
 		if name != "" {
-			return Storage{}, fmt.Errorf("storage %s is on pool %s, the snapshots are in %s: a clone stays in its pool: %w", name, pool(s.Pool), dataset, errdefs.ErrFailedPrecondition)
+			return Storage{}, fmt.Errorf("storage %s is on pool %s, the snapshots are in %s: a clone stays in its pool: %w", name, PoolOf(s.Pool), dataset, errdefs.ErrFailedPrecondition)
 		}
 	}
 	if name == "" {
-		name = "of type zfspool on pool " + pool(dataset)
+		name = "of type zfspool on pool " + PoolOf(dataset)
 	}
 	return Storage{}, fmt.Errorf("this node has no storage %s for containers (content rootdir) in storage.cfg: add one in the GUI under Datacenter, Storage: %w", name, errdefs.ErrNotFound)
 }
