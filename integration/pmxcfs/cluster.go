@@ -1,8 +1,8 @@
-// Command pmxcfs stands in for Proxmox VE's cluster filesystem (/etc/pve) in the
-// test bed: one cluster in one process, with a mount for each node. It keeps
+// Package pmxcfs stands in for Proxmox VE's cluster filesystem (/etc/pve) in the
+// tests: one cluster in one process, with a mount for each node. It keeps
 // everything in memory, and refuses what the real one refuses (pve-cluster,
 // src/pmxcfs: memdb.c, pmxcfs.c, status.c).
-package main
+package pmxcfs
 
 import (
 	"encoding/json"
@@ -27,8 +27,8 @@ type entry struct {
 	time time.Time
 }
 
-// cluster is what all nodes see.
-type cluster struct {
+// Cluster is what all nodes see.
+type Cluster struct {
 	mu      sync.Mutex
 	entries map[string]*entry // by path, without a slash before it
 	quorate bool
@@ -36,8 +36,9 @@ type cluster struct {
 	total   int
 }
 
-func newCluster(nodes []string) *cluster {
-	c := &cluster{entries: map[string]*entry{"": {dir: true}}, quorate: true}
+// New is a cluster of nodes, without guests.
+func New(nodes []string) *Cluster {
+	c := &Cluster{entries: map[string]*entry{"": {dir: true}}, quorate: true}
 	dirs := []string{"nodes", "priv", "priv/lock", "firewall", "ha", "mapping", "sdn", "virtual-guest"}
 	for _, n := range nodes {
 		dirs = append(dirs, "nodes/"+n, "nodes/"+n+"/lxc", "nodes/"+n+"/qemu-server", "nodes/"+n+"/priv")
@@ -52,7 +53,7 @@ func newCluster(nodes []string) *cluster {
 var guestConf = regexp.MustCompile(`^nodes/([^/]+)/(lxc|qemu-server)/([1-9][0-9]*)\.conf$`)
 
 // guests are all of the cluster: VMID to node and kind. The caller holds the mutex.
-func (c *cluster) guests() map[string][2]string {
+func (c *Cluster) guests() map[string][2]string {
 	all := map[string][2]string{}
 	for p, e := range c.entries {
 		if m := guestConf.FindStringSubmatch(p); m != nil && !e.dir {
@@ -64,7 +65,7 @@ func (c *cluster) guests() map[string][2]string {
 
 // taken says whether p is the conf of a guest whose number another one has
 // (vmlist_different_vm_exists).
-func (c *cluster) taken(p string) bool {
+func (c *Cluster) taken(p string) bool {
 	m := guestConf.FindStringSubmatch(p)
 	if m == nil {
 		return false
@@ -78,12 +79,12 @@ func (c *cluster) taken(p string) bool {
 }
 
 // changed counts a change.
-func (c *cluster) changed(e *entry) {
+func (c *Cluster) changed(e *entry) {
 	c.version++
 	e.time = time.Now()
 }
 
-func (c *cluster) lookup(p string) (entry, bool) {
+func (c *Cluster) lookup(p string) (entry, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e, there := c.entries[p]
@@ -94,7 +95,7 @@ func (c *cluster) lookup(p string) (entry, bool) {
 }
 
 // list are the names in a directory.
-func (c *cluster) list(p string) map[string]entry {
+func (c *Cluster) list(p string) map[string]entry {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	names := map[string]entry{}
@@ -107,7 +108,7 @@ func (c *cluster) list(p string) map[string]entry {
 }
 
 // parent says whether something can be made at p.
-func (c *cluster) parent(p string) syscall.Errno {
+func (c *Cluster) parent(p string) syscall.Errno {
 	if !c.quorate {
 		return syscall.EACCES
 	}
@@ -121,7 +122,7 @@ func (c *cluster) parent(p string) syscall.Errno {
 	return 0
 }
 
-func (c *cluster) create(p string) syscall.Errno {
+func (c *Cluster) create(p string) syscall.Errno {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if errno := c.parent(p); errno != 0 {
@@ -135,7 +136,7 @@ func (c *cluster) create(p string) syscall.Errno {
 	return 0
 }
 
-func (c *cluster) mkdir(p string) syscall.Errno {
+func (c *Cluster) mkdir(p string) syscall.Errno {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if errno := c.parent(p); errno != 0 {
@@ -150,7 +151,7 @@ func (c *cluster) mkdir(p string) syscall.Errno {
 }
 
 // write puts data at an offset, or sets the size if data is nil.
-func (c *cluster) write(p string, data []byte, offset int) syscall.Errno {
+func (c *Cluster) write(p string, data []byte, offset int) syscall.Errno {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e := c.entries[p]
@@ -183,7 +184,7 @@ func (c *cluster) write(p string, data []byte, offset int) syscall.Errno {
 	return 0
 }
 
-func (c *cluster) remove(p string, dir bool) syscall.Errno {
+func (c *Cluster) remove(p string, dir bool) syscall.Errno {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e := c.entries[p]
@@ -205,7 +206,7 @@ func (c *cluster) remove(p string, dir bool) syscall.Errno {
 	return 0
 }
 
-func (c *cluster) inside(p string) bool {
+func (c *Cluster) inside(p string) bool {
 	for q := range c.entries {
 		if strings.HasPrefix(q, p+"/") {
 			return true
@@ -215,7 +216,7 @@ func (c *cluster) inside(p string) bool {
 }
 
 // rename replaces a file that is there, and moves directories only if they are empty.
-func (c *cluster) rename(from, to string) syscall.Errno {
+func (c *Cluster) rename(from, to string) syscall.Errno {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e := c.entries[from]
@@ -249,7 +250,7 @@ func (c *cluster) rename(from, to string) syscall.Errno {
 }
 
 // vmlist is the file .vmlist.
-func (c *cluster) vmlist() []byte {
+func (c *Cluster) vmlist() []byte {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	type guest struct {
@@ -272,21 +273,21 @@ func (c *cluster) vmlist() []byte {
 	return append(text, '\n')
 }
 
-// setQuorum makes the cluster's files read-only, or writable again.
-func (c *cluster) setQuorum(quorate bool) {
+// SetQuorum makes the cluster's files read-only, or writable again.
+func (c *Cluster) SetQuorum(quorate bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.quorate = quorate
 }
 
-func (c *cluster) hasQuorum() bool {
+func (c *Cluster) hasQuorum() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.quorate
 }
 
 // versions is the file .version.
-func (c *cluster) versions() []byte {
+func (c *Cluster) versions() []byte {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return []byte(`{"version": ` + strconv.Itoa(c.version) + "}\n")

@@ -1,7 +1,8 @@
-package main
+package pmxcfs
 
 import (
 	"context"
+	"fmt"
 	"strings"
 	"sync"
 	"syscall"
@@ -24,7 +25,7 @@ type view struct {
 type node struct {
 	fs.Inode
 	*view
-	cluster *cluster
+	cluster *Cluster
 }
 
 var (
@@ -48,12 +49,16 @@ var (
 	_ fs.NodeFsyncer    = (*node)(nil)
 )
 
-// mount shows the cluster as node self sees it at dir.
-func mount(c *cluster, self, dir string) (*fuse.Server, error) {
-	return fs.Mount(dir, &node{cluster: c, view: &view{self: self, made: map[string][]byte{}}}, &fs.Options{
+// Mount shows the cluster as node self sees it at dir, until unmount is called.
+func (c *Cluster) Mount(self, dir string) (unmount func() error, err error) {
+	s, err := fs.Mount(dir, &node{cluster: c, view: &view{self: self, made: map[string][]byte{}}}, &fs.Options{
 		// The other nodes change it too: nothing is remembered.
 		MountOptions: fuse.MountOptions{AllowOther: true, FsName: "/dev/fuse", Name: "fuse", DirectMountStrict: true, Options: []string{"default_permissions"}},
 	})
+	if err != nil {
+		return nil, fmt.Errorf("mounting %s: %w", dir, err)
+	}
+	return s.Unmount, nil
 }
 
 func (n *node) path(name string) string {

@@ -1,4 +1,4 @@
-package main
+package pmxcfs
 
 import (
 	"context"
@@ -16,23 +16,23 @@ import (
 )
 
 // mounted is a cluster with the mounts of the nodes a and b.
-func mounted(t *testing.T) (c *cluster, a, b string) {
+func mounted(t *testing.T) (c *Cluster, a, b string) {
 	t.Helper()
 	if f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0); err != nil || os.Getuid() != 0 {
 		t.Skipf("no FUSE here, or not root: %v", err)
 	} else {
 		f.Close()
 	}
-	c = newCluster([]string{"a", "b"})
+	c = New([]string{"a", "b"})
 	var dirs []string
 	for _, name := range []string{"a", "b"} {
 		dir := t.TempDir()
-		s, err := mount(c, name, dir)
+		unmount, err := c.Mount(name, dir)
 		if err != nil {
 			t.Skipf("FUSE cannot be mounted here: %v", err)
 		}
 		t.Cleanup(func() {
-			if err := s.Unmount(); err != nil {
+			if err := unmount(); err != nil {
 				t.Error(err)
 			}
 		})
@@ -93,14 +93,14 @@ func TestRefuses(t *testing.T) {
 		t.Error(err)
 	}
 
-	c.setQuorum(false)
+	c.SetQuorum(false)
 	if err := os.WriteFile(conf, []byte("x"), 0o640); !errors.Is(err, unix.EACCES) {
 		t.Errorf("without a quorum: %v", err)
 	}
 	if err := put(filepath.Join(a, "lxc", "200.conf"), ""); !errors.Is(err, unix.EACCES) {
 		t.Errorf("without a quorum: %v", err)
 	}
-	c.setQuorum(true)
+	c.SetQuorum(true)
 	if err := os.Rename(conf, filepath.Join(a, "nodes", "b", "lxc", "100.conf")); err != nil {
 		t.Errorf("to the other node: %v", err)
 	}
