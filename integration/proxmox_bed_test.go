@@ -1,0 +1,243 @@
+//go:build bed
+
+package integration
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/containerd-pve/containerd-pve/integration/pmxcfs"
+)
+
+// In these tests the machine is a node of Proxmox, as far as its cluster filesystem goes (package pmxcfs). What Proxmox's own
+// tools make of it is in docs/proxmox.md.
+
+const (
+	volumes = "tank/data" // the storage's dataset
+	lxcPath = "/var/lib/lxc"
+)
+
+// restartDaemon has the daemon look at the machine again.
+func restartDaemon(t *testing.T) {
+	t.Helper()
+	pid, err := os.ReadFile("/run/stack/containerd-pve.pid")
+	must(t, err)
+	if out, code := command("kill", strings.Fields(string(pid))[0]); code != 0 {
+		t.Fatal(out)
+	}
+	eventually(t, time.Minute, "the daemon has ended", func() bool {
+		out, _ := command("stack", "status")
+		return strings.Contains(out, "containerd-pve down")
+	})
+	if out, code := command("stack", "up"); code != 0 {
+		t.Fatal(out)
+	}
+	eventually(t, time.Minute, "containerd has found the daemon again", func() bool {
+		_, code := command("ctr", "snapshots", "--snapshotter", zfs, "ls")
+		return code == 0
+	})
+}
+
+// proxmox makes the machine a node of Proxmox until the test ends.
+func proxmox(t *testing.T) *pmxcfs.Cluster {
+	t.Helper()
+	self, err := os.Hostname()
+	must(t, err)
+	must(t, os.MkdirAll("/etc/pve", 0o755))
+	must(t, os.MkdirAll(lxcPath, 0o755))
+	c := pmxcfs.New([]string{self, "other"})
+	unmount, err := c.Mount(self, "/etc/pve")
+	must(t, err)
+	if out, code := command("zfs", "create", "-p", "-o", "mountpoint=/tank/data", volumes); code != 0 {
+		t.Fatal(out)
+	}
+	must(t, os.WriteFile("/etc/pve/storage.cfg", []byte("dir: local\n\tpath /var/lib/vz\n\tcontent iso\n\nzfspool: local-zfs\n\tpool "+volumes+"\n\tcontent rootdir,images\n"), 0o640))
+	t.Cleanup(func() {
+		collect(t)
+		if out, code := command("zfs", "list", "-H", "-o", "name", "-r", volumes); code != 0 || out != volumes+"\n" {
+			t.Errorf("volumes are left: %s", out)
+		}
+		if err := unmount(); err != nil {
+			t.Error(err)
+		}
+		restartDaemon(t)
+		command("zfs", "destroy", volumes)
+	})
+	restartDaemon(t)
+	return c
+}
+
+func confOf(t *testing.T, vmid int) string {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/etc/pve/lxc/%d.conf", vmid))
+	must(t, err)
+	return string(text)
+}
+
+func noConf(vmid int) bool {
+	_, err := os.Stat(fmt.Sprintf("/etc/pve/lxc/%d.conf", vmid))
+	return os.IsNotExist(err)
+}
+
+func limitMemory(n int64) func(*specs.Spec) {
+	return func(s *specs.Spec) { s.Linux.Resources.Memory = &specs.LinuxMemory{Limit: &n, Swap: &n} }
+}
+
+// TestProxmoxLife: a container is one of Proxmox's from its first task to its removal.
+func TestProxmoxLife(t *testing.T) {
+	proxmox(t)
+	b := start(t, options{id: "web_1", args: []string{"sleep", "1000"}, edit: limitMemory(64 << 20)})
+	conf := confOf(t, 100)
+	for _, want := range []string{
+		`(?m)^arch: amd64$`, `(?m)^ostype: unmanaged$`, `(?m)^memory: 64$`, `(?m)^swap: 0$`, `(?m)^hostname: web-1-[0-9a-f]{8}$`, `(?m)^tags: containerd;ns-default$`,
+		`(?m)^rootfs: local-zfs:subvol-100-disk-0,size=[1-9][0-9]*G$`, `(?m)^entrypoint: sleep 1000$`, `(?m)^lxc\.environment\.runtime: PATH=`,
+		`#container%3A default/web_1`, `#image%3A localhost%3A5000/debian%3A13`, `#digest%3A sha256%3A`,
+	} {
+		if !regexp.MustCompile(want).MatchString(conf) {
+			t.Errorf("the conf lacks %s:\n%s", want, conf)
+		}
+	}
+	// Where Proxmox looks whether it runs, and for its figures.
+	sockets, err := os.ReadFile("/proc/net/unix")
+	must(t, err)
+	if !strings.Contains(string(sockets), "@"+lxcPath+"/100/command") {
+		t.Error("no command socket of that name")
+	}
+	if out, code := command("lxc-info", "-P", lxcPath, "-n", "100", "-s", "-p"); code != 0 || !strings.Contains(out, "RUNNING") || !strings.Contains(out, fmt.Sprint(b.task.Pid())) {
+		t.Errorf("lxc-info: %s", out)
+	}
+	for _, file := range []string{"memory.current", "memory.swap.current", "memory.max", "cpu.stat", "pids.current", "io.stat"} {
+		if out, code := command("lxc-cgroup", "-P", lxcPath, "-n", "100", file); code != 0 {
+			t.Errorf("%s: %s", file, out)
+		}
+	}
+	const volume = volumes + "/subvol-100-disk-0"
+	out, code := command("zfs", "get", "-Hp", "-o", "value", "refquota,mountpoint", volume)
+	if f := strings.Fields(out); code != 0 || len(f) != 2 || f[0] == "0" || f[1] != "/tank/data/subvol-100-disk-0" {
+		t.Errorf("the volume: %s", out)
+	}
+	if out, _, err := b.execIn(sh("findmnt -no SOURCE / || grep ' / ' /proc/mounts; echo kept >/kept"), nil); err != nil || !strings.Contains(out, volume) {
+		t.Errorf("the root is %s, %v", out, err)
+	}
+	list, code := command("containerd-pve", "snapshots")
+	if code != 0 || !strings.Contains(list, volume) || !strings.Contains(list, "web_1") {
+		t.Errorf("snapshots: %s", list)
+	}
+
+	memory := int64(128 << 20)
+	must(t, b.task.Update(b.ctx, client.WithResources(&specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &memory, Swap: &memory}})))
+	if conf := confOf(t, 100); !strings.Contains(conf, "\nmemory: 128\n") {
+		t.Errorf("after the update:\n%s", conf)
+	}
+
+	// pct stop.
+	if out, code := command("lxc-stop", "-P", lxcPath, "-n", "100", "--kill"); code != 0 {
+		t.Fatal(out)
+	}
+	if code := b.ended(time.Minute); code != 137 {
+		t.Errorf("exit code %d", code)
+	}
+	_, err = b.task.Delete(b.ctx)
+	must(t, err)
+	b.task = nil
+	if noConf(100) {
+		t.Error("the conf went with the task")
+	}
+	// What its conf has LXC run before a start by the GUI.
+	if out, code := command("env", "LXC_NAME=100", "containerd-pve", "guard", "default", "web_1", "100", "lxc", "pre-start"); code == 0 || !strings.Contains(out, "start web_1") {
+		t.Errorf("the guard: %d, %s", code, out)
+	}
+
+	// The next task has the same VMID, and its data.
+	task, err := b.container.NewTask(b.ctx, cio.NullIO)
+	must(t, err)
+	b.task = task
+	must(t, task.Start(b.ctx))
+	if out, _, err := b.execIn([]string{"cat", "/kept"}, nil); err != nil || out != "kept\n" {
+		t.Errorf("the data: %q, %v", out, err)
+	}
+	if noConf(100) || !noConf(101) {
+		t.Error("it has another VMID")
+	}
+	b.remove()
+	eventually(t, time.Minute, "the conf is gone", func() bool { return noConf(100) })
+	collect(t)
+	if out, code := command("zfs", "list", volume); code == 0 {
+		t.Errorf("the volume is left: %s", out)
+	}
+}
+
+// TestProxmoxVMID: asked for, taken, and without a quorum.
+func TestProxmoxVMID(t *testing.T) {
+	c := proxmox(t)
+	must(t, os.WriteFile("/etc/pve/nodes/other/qemu-server/555.conf", []byte("memory: 512\n"), 0o640))
+	annotate := func(vmid string) func(*specs.Spec) {
+		return func(s *specs.Spec) { s.Annotations = map[string]string{"io.containerd.pve.vmid": vmid} }
+	}
+	b := start(t, options{id: "asked", args: []string{"sleep", "1000"}, edit: annotate("500")})
+	if noConf(500) {
+		t.Error("it has another VMID")
+	}
+	for vmid, is := range map[string]func(error) bool{"500": errdefs.IsAlreadyExists, "555": errdefs.IsAlreadyExists, "99": errdefs.IsInvalidArgument, "x": errdefs.IsInvalidArgument} {
+		o, err := create(t, options{id: "refused-" + vmid, args: []string{"true"}, edit: annotate(vmid)})
+		if !is(err) || !strings.Contains(err.Error(), vmid) {
+			t.Errorf("VMID %s: %v", vmid, err)
+		}
+		o.remove()
+	}
+	c.SetQuorum(false)
+	o, err := create(t, options{id: "noquorum", args: []string{"true"}})
+	if !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "quorum") {
+		t.Errorf("without a quorum: %v", err)
+	}
+	t.Log(err)
+	o.remove()
+	c.SetQuorum(true)
+
+	o = start(t, options{id: "overlay", snapshotter: "overlayfs", args: []string{"sleep", "1000"}})
+	if conf := confOf(t, 100); !regexp.MustCompile(`(?m)^rootfs: /\S+/rootfs$`).MatchString(conf) {
+		t.Errorf("another snapshotter's:\n%s", conf)
+	}
+	o.remove()
+	b.remove()
+	eventually(t, time.Minute, "the confs are gone", func() bool {
+		left, err := filepath.Glob("/etc/pve/lxc/*.conf")
+		return err == nil && len(left) == 0
+	})
+}
+
+// TestProxmoxLeftBehind: containers that were removed while the daemon was down leave nothing.
+func TestProxmoxLeftBehind(t *testing.T) {
+	proxmox(t)
+	b := start(t, options{id: "left", args: []string{"sleep", "1000"}})
+	pid, err := os.ReadFile("/run/stack/containerd-pve.pid")
+	must(t, err)
+	if _, err := b.task.Delete(b.ctx, client.WithProcessKill); err != nil {
+		t.Fatal(err)
+	}
+	b.task = nil
+	if out, code := command("kill", "-9", strings.Fields(string(pid))[0]); code != 0 {
+		t.Fatal(out)
+	}
+	must(t, b.container.Delete(b.ctx))
+	if out, code := command("stack", "up"); code != 0 {
+		t.Fatal(out)
+	}
+	eventually(t, time.Minute, "the conf is gone", func() bool { return noConf(100) })
+	eventually(t, time.Minute, "the snapshot is removed", func() bool {
+		err := b.client.SnapshotService(zfs).Remove(b.ctx, "left")
+		return err == nil || errdefs.IsNotFound(err)
+	})
+	must(t, b.client.SnapshotService(zfs).(snapshots.Cleaner).Cleanup(b.ctx))
+}
