@@ -105,6 +105,7 @@ type box struct {
 	task      client.Task
 	exit      <-chan client.ExitStatus
 	out, err  *bytes.Buffer
+	removed   bool
 }
 
 // create makes a container and its task, not started.
@@ -226,8 +227,12 @@ func (b *box) wait() uint32 {
 	}
 }
 
-// remove takes away what the test has left.
+// remove takes away what the test has left, once.
 func (b *box) remove() {
+	if b.removed {
+		return
+	}
+	b.removed = true
 	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), "default"), time.Minute)
 	defer cancel()
 	if b.task != nil {

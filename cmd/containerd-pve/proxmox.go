@@ -52,18 +52,26 @@ func (d *disks) Ours(dataset string) bool { return d.store.Owns(dataset) }
 
 // Volume gives the disk the size of what is free: Proxmox takes one without a
 // limit for one of 0 bytes, and none was asked for.
-func (d *disks) Volume(ctx context.Context, vmid int) (registry.Volume, error) {
+func (d *disks) Volume(ctx context.Context, vmid int, dataset string) (registry.Volume, error) {
 	s, err := d.node.Storage(d.self, d.conf.Storage, d.conf.Dataset)
 	if err != nil {
 		return registry.Volume{}, err
+	}
+	name := fmt.Sprintf("subvol-%d-disk-0", vmid)
+	target := path.Join(s.Pool, name)
+	if target != dataset {
+		if _, err := d.zfs.Space(ctx, target); err == nil {
+			return registry.Volume{}, fmt.Errorf("volume %s: %w", target, os.ErrExist)
+		} else if !errdefs.IsNotFound(err) {
+			return registry.Volume{}, err
+		}
 	}
 	free, err := d.zfs.Available(ctx, d.conf.Dataset)
 	if err != nil {
 		return registry.Volume{}, fmt.Errorf("the size of a disk: %w", err)
 	}
-	name := fmt.Sprintf("subvol-%d-disk-0", vmid)
 	size := max(free>>30, 1)
-	return registry.Volume{Conf: fmt.Sprintf("%s:%s,size=%dG", s.Name, name, size), Dataset: path.Join(s.Pool, name), Size: size << 30}, nil
+	return registry.Volume{Conf: fmt.Sprintf("%s:%s,size=%dG", s.Name, name, size), Dataset: target, Size: size << 30}, nil
 }
 
 func (d *disks) Move(ctx context.Context, dataset string, to registry.Volume) error {

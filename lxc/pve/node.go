@@ -62,7 +62,7 @@ func (n *Node) Register(ctx context.Context, want int, of func(vmid int) (*Conf,
 		}
 		err := n.create(want, of)
 		if errors.Is(err, os.ErrExist) {
-			err = fmt.Errorf("VMID %d is taken by another guest (`pvesh get /cluster/resources --type vm` lists them): %w", want, errdefs.ErrAlreadyExists)
+			err = fmt.Errorf("VMID %d is taken (`pvesh get /cluster/resources --type vm` lists the guests): %w: %w", want, err, errdefs.ErrAlreadyExists)
 		}
 		return want, err
 	}

@@ -37,8 +37,9 @@ type Disk struct {
 type Disks interface {
 	// Ours says whether a dataset is of a snapshot of ours. Another's stays where it is.
 	Ours(dataset string) bool
-	// Volume is the one that is to be of a VMID.
-	Volume(ctx context.Context, vmid int) (Volume, error)
+	// Volume is the one that dataset is to be of a VMID. Errors: os.ErrExist, another
+	// has its name, that of a removed container for example.
+	Volume(ctx context.Context, vmid int, dataset string) (Volume, error)
 	// Move renames dataset to the volume's, and limits it. It is done if it was before.
 	Move(ctx context.Context, dataset string, to Volume) error
 }
@@ -169,7 +170,7 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 	of := func(vmid int) (_ *pve.Conf, err error) {
 		c.Rootfs = disk.Directory
 		if disk.Dataset != "" {
-			if volume, err = r.disks.Volume(ctx, vmid); err != nil {
+			if volume, err = r.disks.Volume(ctx, vmid, disk.Dataset); err != nil {
 				return nil, err
 			}
 			c.Rootfs = volume.Conf
@@ -191,7 +192,7 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 		return vmid, "", nil
 	}
 	if volume.Dataset == "" { // it had a conf
-		if volume, err = r.disks.Volume(ctx, vmid); err != nil {
+		if volume, err = r.disks.Volume(ctx, vmid, disk.Dataset); err != nil {
 			return fail(err)
 		}
 	}

@@ -19,12 +19,16 @@ import (
 type disks struct {
 	moved map[string]string
 	fail  error
+	there string // a volume that is there
 }
 
 func (d *disks) Ours(dataset string) bool { return strings.HasPrefix(dataset, "tank/") }
 
-func (d *disks) Volume(_ context.Context, vmid int) (Volume, error) {
+func (d *disks) Volume(_ context.Context, vmid int, dataset string) (Volume, error) {
 	name := fmt.Sprintf("subvol-%d-disk-0", vmid)
+	if d.there == name && dataset != "tank/data/"+name {
+		return Volume{}, os.ErrExist
+	}
 	return Volume{Conf: "tank:" + name + ",size=8G", Dataset: "tank/data/" + name, Size: 8 << 30}, nil
 }
 
@@ -153,6 +157,16 @@ func TestFailures(t *testing.T) {
 	if vmid, _, err := r.Register(ctx, 0, container("x"), Disk{Dataset: "tank/ours/1"}); err != nil || vmid != 300 || len(d.moved) != 1 {
 		t.Errorf("the next try: %d, %v, %v", vmid, err, d.moved)
 	}
+
+	// A removed container's volume is not destroyed yet: its number is not given again.
+	d.there = "subvol-100-disk-0"
+	if vmid, _, err := r.Register(ctx, 0, container("y"), Disk{Dataset: "tank/ours/2"}); err != nil || vmid != 101 {
+		t.Errorf("beside another's volume: %d, %v", vmid, err)
+	}
+	if _, _, err := r.Register(ctx, 100, container("z"), Disk{Dataset: "tank/ours/3"}); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("another's volume: %v", err)
+	}
+	d.there = ""
 
 	// A crash came between record and conf, or an administrator removed the conf: the same number.
 	if err := os.Remove(filepath.Join(r.node.Root, "lxc", "300.conf")); err != nil {
