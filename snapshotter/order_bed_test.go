@@ -4,7 +4,6 @@ package snapshotter
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/containerd-pve/containerd-pve/snapshotter/detached"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
@@ -68,9 +68,9 @@ func BenchmarkLayer(b *testing.B) {
 					case "snapshot":
 						steps[3], steps[4] = snapshot, unmount
 					case "hold":
-						var held int
-						hold := func() (err error) { held, err = hold(dataset); return err }
-						steps = []func() error{steps[0], hold, steps[1], steps[2], unmount, snapshot, func() error { return unix.Close(held) }}
+						var held *os.File
+						hold := func() (err error) { held, err = detached.Mount(ctx, dataset, false); return err }
+						steps = []func() error{steps[0], hold, steps[1], steps[2], unmount, snapshot, func() error { return held.Close() }}
 					}
 					for _, step := range steps {
 						if err := step(); err != nil {
@@ -81,19 +81,6 @@ func BenchmarkLayer(b *testing.B) {
 			})
 		}
 	}
-}
-
-// hold mounts a dataset where nobody sees it.
-func hold(dataset string) (int, error) {
-	fd, err := unix.Fsopen("zfs", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return -1, err
-	}
-	defer unix.Close(fd)
-	if err := errors.Join(unix.FsconfigSetString(fd, "source", dataset), unix.FsconfigCreate(fd)); err != nil {
-		return -1, err
-	}
-	return unix.Fsmount(fd, unix.FSMOUNT_CLOEXEC, 0)
 }
 
 // BenchmarkClone times a clone without properties and one with them, for which

@@ -61,7 +61,8 @@ type snapshotter struct {
 	hasty     bool           // the rest can be set after the caller was answered
 	creating  creations
 	places    places
-	placing   sync.Mutex     // one Place at a time
+	placing   sync.Mutex // one Place at a time
+	keeps     keeps
 	commits   *locker.Locker // by key: a leftover @snapshot of a crash is told from a racing Commit's
 	objects   objects
 	cleanupMu sync.Mutex
@@ -120,7 +121,7 @@ func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ Store, err err
 		return nil, fmt.Errorf("opening the metadata: %w", err)
 	}
 	bg, stop := context.WithCancel(context.WithoutCancel(ctx))
-	s := &snapshotter{zfs: z, dataset: dataset, store: store, ms: ms, lock: lock, commits: locker.New(), stop: stop, done: make(chan struct{})}
+	s := &snapshotter{zfs: z, dataset: dataset, store: store, ms: ms, lock: lock, commits: locker.New(), keeps: keeps{mount: mountDetached}, stop: stop, done: make(chan struct{})}
 	if err = s.bind(ctx, store); err == nil {
 		err = s.inherit(ctx)
 	}
@@ -200,6 +201,7 @@ func (s *snapshotter) sweep(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-time.After(retryInterval):
+			s.keeps.expire(keepLimit)
 		}
 	}
 }
@@ -208,6 +210,8 @@ func (s *snapshotter) Close() error {
 	s.closeOnce.Do(func() {
 		s.stop()
 		<-s.done
+		s.keeps.expire(0)
+		s.keeps.wait()
 		s.closeErr = errors.Join(s.creating.wait(context.Background()), s.settle(context.Background()), s.ms.Close(), s.lock.Close())
 	})
 	return s.closeErr
@@ -322,6 +326,9 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			s.creating.owe(sn.ID, origin, props) // it may be there all the same
 		}
 		return nil, errors.Join(err, s.undoCreate(ctx, key))
+	}
+	if kind == snapshots.KindActive && info.Labels[snapshots.LabelSnapshotRef] != "" {
+		s.keeps.begin(ctx, sn.ID, s.name(sn.ID)) // a layer will be unpacked into it
 	}
 	if hasty {
 		s.creating.start(sn.ID, origin, props)
@@ -453,15 +460,21 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		// record that is on the disk, though its last sync failed, would miss it.
 		return fmt.Errorf("committing %s: %w", key, err)
 	}
+	s.keeps.end(id)
 	return nil
 }
 
 // Remove drops the record; the dataset goes with the next Cleanup.
 func (s *snapshotter) Remove(ctx context.Context, key string) error {
-	return s.write(ctx, func(ctx context.Context) error {
-		_, _, err := storage.Remove(ctx, key)
+	var id string
+	err := s.write(ctx, func(ctx context.Context) (err error) {
+		id, _, err = storage.Remove(ctx, key)
 		return err
 	})
+	if err == nil {
+		s.keeps.end(id)
+	}
+	return err
 }
 
 // Cleanup destroys the marked datasets that no record names. What is in use is
@@ -472,6 +485,7 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 	if err := s.completeAll(ctx); err != nil {
 		return err
 	}
+	s.keeps.wait() // a mount would be in the way
 	// Datasets before records: one made in between is in the records only.
 	names, err := s.zfs.Children(ctx, s.dataset)
 	if err != nil {

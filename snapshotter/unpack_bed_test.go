@@ -23,6 +23,7 @@ import (
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/diff/apply"
 	"github.com/containerd/containerd/v2/core/metadata"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/containerd/v2/plugins/diff/walking"
@@ -253,7 +254,7 @@ func unpackAll(t *testing.T, way, dataset, dir string) {
 		t.Helper()
 		number++
 		key, name := fmt.Sprintf("extract-%d", number), fmt.Sprintf("layer-%d", number)
-		mounts, err := s.Prepare(ctx, key, parent)
+		mounts, err := s.Prepare(ctx, key, parent, snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: name}))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -105,7 +105,7 @@ func unpackOnce(ctx context.Context, s snapshots.Snapshotter, applier diff.Appli
 	parent := ""
 	for n, d := range layers {
 		key := fmt.Sprintf("%s-%d", prefix, n)
-		mounts, err := s.Prepare(ctx, key+"-key", parent)
+		mounts, err := s.Prepare(ctx, key+"-key", parent, snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: key}))
 		if err != nil {
 			return nil, err
 		}

@@ -107,14 +107,14 @@ func (c *Comparer) Compare(ctx context.Context, lower, upper []mount.Mount, opts
 			return ocispec.Descriptor{}, err
 		}
 	}
-	toTree, err := attach(ctx, to.dataset, to.view)
+	toTree, err := attach(ctx, to)
 	if err != nil {
 		return ocispec.Descriptor{}, err
 	}
 	defer func() { err = errors.Join(err, toTree.close()) }()
 	var fromTree *mounted
 	if from.dataset != "" {
-		if fromTree, err = attach(ctx, from.dataset, from.view); err != nil {
+		if fromTree, err = attach(ctx, from); err != nil {
 			return ocispec.Descriptor{}, err
 		}
 		defer func() { err = errors.Join(err, fromTree.close()) }()

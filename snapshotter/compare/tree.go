@@ -8,40 +8,19 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter/detached"
 )
 
 // mounted is a filesystem that no other process sees, read-only.
 type mounted struct{ root *os.File }
 
-// attach mounts a dataset that may be mounted elsewhere as well. viewed: nobody
-// writes to it. To mount the same one for reading here and for writing there is
-// refused, so it is the mount that is read-only and not the filesystem
-// (zpl_super.c, zpl_mount_impl).
-func attach(ctx context.Context, dataset string, viewed bool) (_ *mounted, err error) {
-	if err := ctx.Err(); err != nil {
+func attach(ctx context.Context, of side) (*mounted, error) {
+	root, err := detached.Mount(ctx, of.dataset, of.view)
+	if err != nil {
 		return nil, err
 	}
-	fail := func(err error) (*mounted, error) { return nil, fmt.Errorf("mounting %s: %w", dataset, err) }
-	fd, err := unix.Fsopen("zfs", unix.FSOPEN_CLOEXEC)
-	if err != nil {
-		return fail(err)
-	}
-	defer unix.Close(fd)
-	err = unix.FsconfigSetString(fd, "source", dataset)
-	if err == nil && viewed {
-		err = unix.FsconfigSetFlag(fd, "ro")
-	}
-	if err == nil {
-		err = unix.FsconfigCreate(fd)
-	}
-	if err != nil {
-		return fail(err)
-	}
-	m, err := unix.Fsmount(fd, unix.FSMOUNT_CLOEXEC, unix.MOUNT_ATTR_RDONLY|unix.MOUNT_ATTR_NOSUID|unix.MOUNT_ATTR_NODEV|unix.MOUNT_ATTR_NOEXEC|unix.MOUNT_ATTR_NOATIME)
-	if err != nil {
-		return fail(err)
-	}
-	return &mounted{root: os.NewFile(uintptr(m), dataset)}, nil
+	return &mounted{root: root}, nil
 }
 
 func (m *mounted) close() error { return m.root.Close() }
