@@ -26,38 +26,33 @@ type keeps struct {
 	mount func(ctx context.Context, dataset string) (io.Closer, error)
 
 	mu      sync.Mutex
-	of      map[string]*keep
+	of      map[string]keep
 	closing sync.WaitGroup // those that are given up
 }
 
 type keep struct {
-	since   time.Time
-	mounted chan struct{} // closed when file is set
-	file    io.Closer     // nil if it could not be mounted
+	since time.Time
+	file  io.Closer
 }
 
 func mountDetached(ctx context.Context, dataset string) (io.Closer, error) {
 	return detached.Mount(ctx, dataset, false)
 }
 
-// begin mounts a filesystem while the caller goes on. That it cannot costs time only.
+// begin mounts a filesystem. That it cannot costs time only. It is done before
+// anybody else does: of two who mount one at the same moment ZFS refuses one.
 func (k *keeps) begin(ctx context.Context, id, dataset string) {
-	i := &keep{since: time.Now(), mounted: make(chan struct{})}
-	k.mu.Lock()
-	if k.of == nil {
-		k.of = map[string]*keep{}
+	file, err := k.mount(ctx, dataset)
+	if err != nil {
+		log.G(ctx).WithError(err).Debug("the filesystem of a layer is not kept mounted")
+		return
 	}
-	k.of[id] = i
-	k.mu.Unlock()
-	go func() {
-		defer close(i.mounted)
-		file, err := k.mount(context.WithoutCancel(ctx), dataset)
-		if err != nil {
-			log.G(ctx).WithError(err).Debug("the filesystem of a layer is not kept mounted")
-			return
-		}
-		i.file = file
-	}()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.of == nil {
+		k.of = map[string]keep{}
+	}
+	k.of[id] = keep{time.Now(), file}
 }
 
 // end gives a mount up, if there is one.
@@ -65,17 +60,12 @@ func (k *keeps) end(ids ...string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	for _, id := range ids {
-		i := k.of[id]
-		if i == nil {
+		i, there := k.of[id]
+		if !there {
 			continue
 		}
 		delete(k.of, id)
-		k.closing.Go(func() {
-			<-i.mounted
-			if i.file != nil {
-				_ = i.file.Close() // of a descriptor that only names
-			}
-		})
+		k.closing.Go(func() { _ = i.file.Close() }) // of a descriptor that only names
 	}
 }
 

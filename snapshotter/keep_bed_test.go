@@ -45,11 +45,6 @@ func TestKeptMounted(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if len(opts) > 0 {
-			for _, i := range s.(*snapshotter).keeps.of {
-				<-i.mounted
-			}
-		}
 		n := 0
 		mounted(t, m[0].Source, 0, func(dir string) {
 			if err := os.WriteFile(filepath.Join(dir, "file"), []byte(key), 0o600); err != nil {
