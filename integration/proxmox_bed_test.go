@@ -142,11 +142,27 @@ func TestProxmoxLife(t *testing.T) {
 	if code != 0 || !strings.Contains(list, volume) || !strings.Contains(list, "web_1") {
 		t.Errorf("snapshots: %s", list)
 	}
+	list, code = command("containerd-pve", "container", "ls")
+	if code != 0 || !regexp.MustCompile(`(?m)^100 +default +web_1 +- +running +\S+B +\S+B +localhost:5000/debian:13$`).MatchString(list) {
+		t.Errorf("containers: %s", list)
+	}
 
 	memory := int64(128 << 20)
 	must(t, b.task.Update(b.ctx, client.WithResources(&specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &memory, Swap: &memory}})))
 	if conf := confOf(t, 100); !strings.Contains(conf, "\nmemory: 128\n") {
 		t.Errorf("after the update:\n%s", conf)
+	}
+
+	// pct exec, pct suspend and resume.
+	if out, code := command("lxc-attach", "-P", lxcPath, "-n", "100", "--clear-env", "--", "/bin/cat", "/kept"); code != 0 || out != "kept\n" {
+		t.Errorf("lxc-attach: %d, %s", code, out)
+	}
+	for _, verb := range [][2]string{{"lxc-freeze", "FROZEN"}, {"lxc-unfreeze", "RUNNING"}} {
+		out, code := command(verb[0], "-P", lxcPath, "-n", "100")
+		state, _ := command("lxc-info", "-P", lxcPath, "-n", "100", "-s")
+		if code != 0 || !strings.Contains(state, verb[1]) {
+			t.Errorf("%s: %s, %s", verb[0], out, state)
+		}
 	}
 
 	// pct stop.
@@ -183,6 +199,22 @@ func TestProxmoxLife(t *testing.T) {
 	collect(t)
 	if out, code := command("zfs", "list", volume); code == 0 {
 		t.Errorf("the volume is left: %s", out)
+	}
+}
+
+// TestProxmoxShutdown: `pct shutdown` sends the image's signal, and containerd is told the true exit.
+func TestProxmoxShutdown(t *testing.T) {
+	proxmox(t)
+	b := start(t, options{id: "down", args: sh("trap 'exit 7' PWR; touch /ready; while :; do sleep 0.2; done")})
+	eventually(t, time.Minute, "it listens to the signal", func() bool {
+		_, code, err := b.execIn([]string{"test", "-e", "/ready"}, nil)
+		return err == nil && code == 0
+	})
+	if out, code := command("lxc-stop", "-P", lxcPath, "-n", "100", "-t", "30"); code != 0 {
+		t.Fatal(out)
+	}
+	if code := b.ended(time.Minute); code != 7 {
+		t.Errorf("exit code %d", code)
 	}
 }
 
