@@ -110,11 +110,12 @@ func (n *node) attributes(p string, out *fuse.Attr) syscall.Errno {
 		if !n.cluster.hasQuorum() {
 			m = not
 		}
-		if p == "priv" || strings.HasPrefix(p, "priv/") || strings.HasSuffix(p, "/priv") || strings.Contains(p, "/priv/") {
+		switch {
+		case strings.Contains("/"+p+"/", "/priv/"):
 			m &= 0o700
-		} else if kind == syscall.S_IFREG {
+		case kind == syscall.S_IFREG:
 			m &= 0o750
-		} else {
+		default:
 			m &= 0o755
 		}
 		out.Mode = kind | m

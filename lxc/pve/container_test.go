@@ -113,7 +113,7 @@ func split(value string) []string {
 	var words []string
 	state, begin := byte(' '), 0
 	space := func(b byte) bool { return strings.IndexByte(" \t\n\v\f\r", b) >= 0 }
-	for i := 0; i < len(value); i++ {
+	for i := range len(value) {
 		b := value[i]
 		switch state {
 		case ' ':

@@ -53,7 +53,7 @@ func check(key, value string) error {
 	if rule == nil && numbered.MatchString(key) {
 		rule = anyText
 	}
-	why := ""
+	var why string
 	switch {
 	case rule == nil:
 		why = "no property that is written here"

@@ -70,5 +70,5 @@ func (m *mounted) stat(p string) (file, error) {
 
 func fileOf(i os.FileInfo) file {
 	st := i.Sys().(*syscall.Stat_t)
-	return file{object: st.Ino, dir: i.IsDir(), links: uint64(st.Nlink)}
+	return file{object: st.Ino, dir: i.IsDir(), links: st.Nlink}
 }
