@@ -23,8 +23,14 @@ func FuzzParse(f *testing.F) {
 	f.Add(`"json"`, []byte("{}"), []byte(nil))
 	f.Fuzz(func(t *testing.T, url string, message, body []byte) {
 		for _, parse := range []func() (Options, error){
-			func() (Options, error) { return Parse(&anypb.Any{TypeUrl: url, Value: message}) },
-			func() (Options, error) { return fromTOML("test", body) },
+			func() (Options, error) { return Parse(&anypb.Any{TypeUrl: url, Value: message}, "") },
+			func() (Options, error) {
+				var f file
+				if err := f.read("test", body); err != nil {
+					return Options{}, err
+				}
+				return f.options(), nil
+			},
 		} {
 			o, err := parse()
 			if err != nil && !errdefs.IsInvalidArgument(err) && !errdefs.IsNotImplemented(err) {

@@ -17,12 +17,28 @@ import (
 	"github.com/containerd-pve/containerd-pve/lxc"
 )
 
+// File is read for every task, if it is there: clients as nerdctl and CRI have no
+// words for what is ours.
+const File = "/etc/containerd-pve/runtime.toml"
+
+// Policy is what happens on a node of Proxmox if a container cannot be made one of Proxmox's.
+type Policy string
+
+// The policies.
+const (
+	Required   Policy = "required"    // it is not made; the default
+	BestEffort Policy = "best-effort" // it runs without a VMID, and a warning says why
+	Off        Policy = "off"         // no container is one of Proxmox's
+)
+
 // Options of a task.
 type Options struct {
 	// LXC says where LXC's things are.
 	LXC lxc.Config
 	// SystemdCgroup asks for systemd's cgroup driver.
 	SystemdCgroup bool
+	// Register is Required if empty.
+	Register Policy
 	// ProxmoxRoot is where the cluster's filesystem of Proxmox is; /etc/pve if empty.
 	ProxmoxRoot string
 	// Registry is the daemon's socket for it; /run/containerd-pve/registry.sock if empty.
@@ -31,8 +47,8 @@ type Options struct {
 	IOUID, IOGID int
 }
 
-// file is the TOML of [plugins.….runtimes.pve.options] or of the file that
-// ConfigPath names.
+// file is the TOML of File, of [plugins.….runtimes.pve.options], or of the file
+// that ConfigPath names.
 type file struct {
 	// LXCPath is the lxcpath.
 	LXCPath string
@@ -42,17 +58,28 @@ type file struct {
 	Init string
 	// SystemdCgroup asks for systemd's cgroup driver.
 	SystemdCgroup bool
+	// Register is required, best-effort or off.
+	Register Policy
 	// ProxmoxRoot is where the cluster's filesystem of Proxmox is.
 	ProxmoxRoot string
 	// Registry is the daemon's socket for it.
 	Registry string
 }
 
-// Parse takes nil, runc.v1.Options or runtimeoptions.v1.Options.
-// InvalidArgument names an unknown key; NotImplemented one that cannot be had.
-func Parse(a typeurl.Any) (Options, error) {
+// Parse takes nil, runc.v1.Options or runtimeoptions.v1.Options, which go before
+// what is in the file defaults, if there is one. InvalidArgument names an
+// unknown key; NotImplemented one that cannot be had.
+func Parse(a typeurl.Any, defaults string) (Options, error) {
+	var f file
+	body, err := os.ReadFile(defaults)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return Options{}, fmt.Errorf("runtime options: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	if err := f.read(defaults, body); err != nil {
+		return Options{}, err
+	}
 	if a == nil || a.GetTypeUrl() == "" {
-		return Options{}, nil
+		return f.options(), nil
 	}
 	v, err := typeurl.UnmarshalAny(a)
 	if err != nil {
@@ -60,7 +87,7 @@ func Parse(a typeurl.Any) (Options, error) {
 	}
 	switch o := v.(type) {
 	case *runcoptions.Options:
-		return fromRunc(o)
+		return fromRunc(o, f.options())
 	case *runtimeoptions.Options:
 		body, name := o.ConfigBody, "runtime options"
 		if o.ConfigPath != "" {
@@ -69,12 +96,16 @@ func Parse(a typeurl.Any) (Options, error) {
 				return Options{}, fmt.Errorf("runtime options: %w: %w", err, errdefs.ErrInvalidArgument)
 			}
 		}
-		return fromTOML(name, body)
+		if err := f.read(name, body); err != nil {
+			return Options{}, err
+		}
+		return f.options(), nil
 	}
 	return Options{}, fmt.Errorf("runtime options of type %q are not for this runtime: %w", a.GetTypeUrl(), errdefs.ErrInvalidArgument)
 }
 
-func fromRunc(o *runcoptions.Options) (Options, error) {
+// fromRunc takes over what is set: its messages do not tell false from unset.
+func fromRunc(o *runcoptions.Options, defaults Options) (Options, error) {
 	for name, set := range map[string]bool{
 		"no_pivot_root": o.NoPivotRoot, "binary_name": o.BinaryName != "", "root": o.Root != "",
 	} {
@@ -82,23 +113,36 @@ func fromRunc(o *runcoptions.Options) (Options, error) {
 			return Options{}, fmt.Errorf("runtime option %s is runc's own: %w", name, errdefs.ErrInvalidArgument)
 		}
 	}
-	return Options{SystemdCgroup: o.SystemdCgroup, IOUID: int(o.IoUid), IOGID: int(o.IoGid)}, nil
+	defaults.SystemdCgroup = defaults.SystemdCgroup || o.SystemdCgroup
+	defaults.IOUID, defaults.IOGID = int(o.IoUid), int(o.IoGid)
+	return defaults, nil
 }
 
-func fromTOML(name string, body []byte) (Options, error) {
-	var f file
+// read adds the TOML of body, from what is called name.
+func (f *file) read(name string, body []byte) error {
 	d := toml.NewDecoder(strings.NewReader(string(body)))
 	d.DisallowUnknownFields()
-	if err := d.Decode(&f); err != nil {
+	if err := d.Decode(f); err != nil {
 		var strict *toml.StrictMissingError
 		if errors.As(err, &strict) {
 			var keys []string
 			for _, e := range strict.Errors {
 				keys = append(keys, strings.Join(e.Key(), "."))
 			}
-			return Options{}, fmt.Errorf("%s: unknown key %s (known: LXCPath, LXCStart, Init, SystemdCgroup, ProxmoxRoot, Registry): %w", name, strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+			return fmt.Errorf("%s: unknown key %s (known: LXCPath, LXCStart, Init, SystemdCgroup, Register, ProxmoxRoot, Registry): %w", name, strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 		}
-		return Options{}, fmt.Errorf("%s: %w: %w", name, err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("%s: %w: %w", name, err, errdefs.ErrInvalidArgument)
 	}
-	return Options{SystemdCgroup: f.SystemdCgroup, ProxmoxRoot: f.ProxmoxRoot, Registry: f.Registry, LXC: lxc.Config{Path: f.LXCPath, Start: f.LXCStart, Init: f.Init}}, nil
+	switch f.Register {
+	case "", Required, BestEffort, Off:
+		return nil
+	}
+	return fmt.Errorf("%s: Register %q is none of %s, %s, %s: %w", name, f.Register, Required, BestEffort, Off, errdefs.ErrInvalidArgument)
+}
+
+func (f *file) options() Options {
+	return Options{
+		SystemdCgroup: f.SystemdCgroup, Register: f.Register, ProxmoxRoot: f.ProxmoxRoot, Registry: f.Registry,
+		LXC: lxc.Config{Path: f.LXCPath, Start: f.LXCStart, Init: f.Init},
+	}
 }

@@ -1,6 +1,8 @@
 package options
 
 import (
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -8,6 +10,8 @@ import (
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
+
+	"github.com/containerd-pve/containerd-pve/lxc"
 )
 
 func TestParse(t *testing.T) {
@@ -27,6 +31,8 @@ func TestParse(t *testing.T) {
 		{name: "body", in: body("LXCPath = '/p'\nInit = '/i'"), want: func(o Options) bool { return o.LXC.Path == "/p" && o.LXC.Init == "/i" }},
 		{name: "systemd off", in: body("SystemdCgroup = false"), want: func(o Options) bool { return o == Options{} }},
 		{name: "systemd on", in: body("SystemdCgroup = true"), want: func(o Options) bool { return o == Options{SystemdCgroup: true} }},
+		{name: "a policy", in: body("Register = 'best-effort'"), want: func(o Options) bool { return o.Register == BestEffort }},
+		{name: "no policy", in: body("Register = 'maybe'"), fail: errdefs.IsInvalidArgument, says: "maybe"},
 		{name: "unknown key", in: body("Foo = 1"), fail: errdefs.IsInvalidArgument, says: "Foo"},
 		{name: "no TOML", in: body("= ="), fail: errdefs.IsInvalidArgument},
 		{name: "missing file", in: &runtimeoptions.Options{ConfigPath: "/no/such/file"}, fail: errdefs.IsInvalidArgument, says: "/no/such/file"},
@@ -38,7 +44,7 @@ func TestParse(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		o, err := Parse(a)
+		o, err := Parse(a, filepath.Join(t.TempDir(), "none"))
 		if c.fail != nil {
 			if err == nil || !c.fail(err) || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("%s: %v", c.name, err)
@@ -46,5 +52,41 @@ func TestParse(t *testing.T) {
 		} else if err != nil || !c.want(o) {
 			t.Errorf("%s: %+v, %v", c.name, o, err)
 		}
+	}
+}
+
+// TestDefaults: what a client says goes before the file, and the rest is the file's.
+func TestDefaults(t *testing.T) {
+	name := filepath.Join(t.TempDir(), "runtime.toml")
+	if err := os.WriteFile(name, []byte("SystemdCgroup = true\nRegister = 'off'\nLXCPath = '/p'\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for i, c := range []struct {
+		in   any
+		want Options
+	}{
+		{nil, Options{SystemdCgroup: true, Register: Off, LXC: lxc.Config{Path: "/p"}}},
+		{&runcoptions.Options{IoUid: 5}, Options{SystemdCgroup: true, Register: Off, LXC: lxc.Config{Path: "/p"}, IOUID: 5}},
+		{
+			&runtimeoptions.Options{ConfigBody: []byte("SystemdCgroup = false\nRegister = 'required'")},
+			Options{Register: Required, LXC: lxc.Config{Path: "/p"}},
+		},
+	} {
+		var a typeurl.Any
+		if c.in != nil {
+			var err error
+			if a, err = typeurl.MarshalAny(c.in); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if o, err := Parse(a, name); err != nil || o != c.want {
+			t.Errorf("%d: %+v, %v", i, o, err)
+		}
+	}
+	if err := os.WriteFile(name, []byte("Foo = 1"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Parse(nil, name); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), name) {
+		t.Errorf("a bad file: %v", err)
 	}
 }

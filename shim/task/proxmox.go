@@ -4,10 +4,12 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"path/filepath"
 	"runtime"
 	"strconv"
 	"sync"
 
+	api "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -89,10 +91,27 @@ func (p *proxmox) register(ctx context.Context, spec *specs.Spec, mounts []*type
 	return strconv.Itoa(vmid), nil
 }
 
-// onProxmox says whether a container of this spec becomes one of Proxmox's here.
-func onProxmox(spec *specs.Spec, o *options.Options) bool {
-	root := cmp.Or(o.ProxmoxRoot, proxmoxRoot)
-	return spec.Annotations[criType] != criSandbox && pve.Found(root)
+// onProxmox registers a task's container, if this is a node of Proxmox and the
+// policy says so, and answers its LXC name and where LXC has it; the name is empty for one that
+// is none of Proxmox's.
+func (t *taskState) onProxmox(ctx context.Context, spec *specs.Spec, r *api.CreateTaskRequest, o *options.Options) (name string, config lxc.Config, err error) {
+	if o.Register == options.Off || spec.Annotations[criType] == criSandbox || !pve.Found(cmp.Or(o.ProxmoxRoot, proxmoxRoot)) {
+		return "", o.LXC, nil
+	}
+	p := &t.proxmox
+	p.registrar, p.namespace, p.id = registry.NewClient(cmp.Or(o.Registry, registryAddress)), t.service.namespace, t.id
+	name, err = p.register(ctx, spec, r.Rootfs, filepath.Join(t.bundle, "rootfs"))
+	if err != nil {
+		p.registrar = nil
+		if o.Register != options.BestEffort {
+			return "", lxc.Config{}, err
+		}
+		log.G(ctx).WithError(err).Warnf("task %s: it runs without a VMID", t.id)
+		return "", o.LXC, nil
+	}
+	config = o.LXC
+	config.Path = cmp.Or(config.Path, proxmoxPath)
+	return name, config, nil
 }
 
 // unprivileged says whether the container has a user namespace of its own.
@@ -153,12 +172,4 @@ func (p *proxmox) update(ctx context.Context, r *specs.LinuxResources) {
 	if err := p.registrar.Update(ctx, p.namespace, p.id, p.limits); err != nil {
 		log.G(ctx).WithError(err).Warnf("task %s: Proxmox shows other limits than the container has", p.id)
 	}
-}
-
-// proxmoxConfig is where LXC has what Proxmox looks at.
-func proxmoxConfig(c lxc.Config) lxc.Config {
-	if c.Path == "" {
-		c.Path = proxmoxPath
-	}
-	return c
 }

@@ -3,10 +3,13 @@ package task
 import (
 	"context"
 	"errors"
+	"os"
+	"path/filepath"
 	"reflect"
 	"runtime"
 	"testing"
 
+	api "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/containerd/api/types"
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -105,7 +108,39 @@ func TestLimits(t *testing.T) {
 			t.Errorf("%+v: %+v, not %+v", c.r, got, c.want)
 		}
 	}
-	if onProxmox(&specs.Spec{}, &options.Options{ProxmoxRoot: t.TempDir()}) {
-		t.Error("an empty directory is Proxmox")
+}
+
+// TestPolicy: without a daemon a container of a node of Proxmox is refused, or runs as any other.
+func TestPolicy(t *testing.T) {
+	root, none := t.TempDir(), filepath.Join(t.TempDir(), "socket")
+	if err := os.WriteFile(filepath.Join(root, ".vmlist"), []byte("{}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	sandbox := &specs.Spec{Annotations: map[string]string{criType: criSandbox}}
+	for i, c := range []struct {
+		spec *specs.Spec
+		o    options.Options
+		is   func(error) bool
+	}{
+		{&specs.Spec{}, options.Options{ProxmoxRoot: t.TempDir()}, nil},
+		{&specs.Spec{}, options.Options{ProxmoxRoot: root, Registry: none}, errdefs.IsUnavailable},
+		{&specs.Spec{}, options.Options{ProxmoxRoot: root, Registry: none, Register: options.Required}, errdefs.IsUnavailable},
+		{&specs.Spec{}, options.Options{ProxmoxRoot: root, Registry: none, Register: options.BestEffort}, nil},
+		{&specs.Spec{}, options.Options{ProxmoxRoot: root, Registry: none, Register: options.Off}, nil},
+		{sandbox, options.Options{ProxmoxRoot: root, Registry: none}, nil},
+	} {
+		c.o.LXC.Path = "/own"
+		s := &taskState{service: &Service{namespace: "default"}, id: "x", bundle: "/b"}
+		name, config, err := s.onProxmox(t.Context(), c.spec, &api.CreateTaskRequest{}, &c.o)
+		if c.is != nil {
+			if !c.is(err) {
+				t.Errorf("%d: %v", i, err)
+			}
+			continue
+		}
+		if err != nil || name != "" || config.Path != "/own" {
+			t.Errorf("%d: %q, %+v, %v", i, name, config, err)
+		}
+		s.proxmox.update(t.Context(), nil) // nobody is asked
 	}
 }

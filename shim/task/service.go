@@ -5,7 +5,6 @@
 package task
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -35,7 +34,6 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/containerd-pve/containerd-pve/lxc"
-	"github.com/containerd-pve/containerd-pve/lxc/pve/registry"
 	"github.com/containerd-pve/containerd-pve/shim/options"
 	"github.com/containerd-pve/containerd-pve/shim/stdio"
 )
@@ -176,7 +174,7 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	if r.Checkpoint != "" || r.ParentCheckpoint != "" {
 		return nil, fmt.Errorf("task %s: restore from a checkpoint: %w", r.ID, errdefs.ErrNotImplemented)
 	}
-	o, err := options.Parse(r.Options)
+	o, err := options.Parse(r.Options, options.File)
 	if err != nil {
 		return nil, err
 	}
@@ -201,14 +199,9 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	if spec.Process != nil {
 		spec.Process.Terminal = r.Terminal
 	}
-	name, config := "", o.LXC
-	if onProxmox(spec, &o) {
-		t.proxmox.registrar = registry.NewClient(cmp.Or(o.Registry, registryAddress))
-		t.proxmox.namespace, t.proxmox.id = s.namespace, r.ID
-		if name, err = t.proxmox.register(ctx, spec, r.Rootfs, filepath.Join(r.Bundle, "rootfs")); err != nil {
-			return nil, fmt.Errorf("task %s: %w", r.ID, err)
-		}
-		config = proxmoxConfig(config)
+	name, config, err := t.onProxmox(ctx, spec, r, &o)
+	if err != nil {
+		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
 	if err := t.mount(spec, r); err != nil {
 		return nil, err
