@@ -153,6 +153,17 @@ func TestProxmoxLife(t *testing.T) {
 		t.Errorf("after the update:\n%s", conf)
 	}
 
+	// pct set: more than the spec gave.
+	if out, code := command("lxc-cgroup", "-P", lxcPath, "-n", "100", "memory.max", fmt.Sprint(256<<20)); code != 0 {
+		t.Error(out)
+	}
+	if got, err := os.ReadFile("/sys/fs/cgroup/default/web_1/memory.max"); err != nil || string(got) != "max\n" {
+		t.Errorf("the limit above it is %q, %v", got, err)
+	}
+	if out, _, err := b.execIn([]string{"cat", "/sys/fs/cgroup/memory.max"}, nil); err != nil || out != fmt.Sprintln(256<<20) {
+		t.Errorf("the container sees the limit %q, %v", out, err)
+	}
+
 	// pct exec, pct suspend and resume.
 	if out, code := command("lxc-attach", "-P", lxcPath, "-n", "100", "--clear-env", "--", "/bin/cat", "/kept"); code != 0 || out != "kept\n" {
 		t.Errorf("lxc-attach: %d, %s", code, out)

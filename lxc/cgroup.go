@@ -36,14 +36,17 @@ type cgroup struct {
 	// and period) and sums (memory and swap), of which an update may name one.
 	limits  *cgroups.Resources
 	devices []specs.LinuxDeviceCgroup
-	holder  *holder // with systemd, until the container's init is there
+	// inner: memory and cpu are limited in the payload alone, where Proxmox changes
+	// them (`pct set`): a limit of X would count as well.
+	inner  bool
+	holder *holder // with systemd, until the container's init is there
 }
 
 // createCgroup makes X with its limits and lets its children have all
 // controllers. The number of processes is limited later (see limitPids).
-func createCgroup(ctx context.Context, path string, unit *unit, program *initProgram, spec *specs.LinuxResources, r *cgroups.Resources) (_ *cgroup, retErr error) {
+func createCgroup(ctx context.Context, path string, unit *unit, program *initProgram, spec *specs.LinuxResources, r *cgroups.Resources, inner bool) (_ *cgroup, retErr error) {
 	dir := cgroupDir(path)
-	c := &cgroup{path: path, limits: r}
+	c := &cgroup{path: path, limits: r, inner: inner}
 	if spec != nil {
 		c.devices = spec.Devices
 	}
@@ -68,13 +71,24 @@ func createCgroup(ctx context.Context, path string, unit *unit, program *initPro
 	}()
 	early := *r
 	early.PidsLimit = nil
-	if err := setAll(c.manager, &early); err != nil {
+	if err := setAll(c.manager, c.outer(&early)); err != nil {
 		return nil, err
 	}
 	if err := delegate(dir); err != nil {
 		return nil, err
 	}
 	return c, nil
+}
+
+// outer are those limits that are X's own.
+func (c *cgroup) outer(r *cgroups.Resources) *cgroups.Resources {
+	if !c.inner {
+		return r
+	}
+	o := *r
+	o.Memory, o.MemoryReservation, o.MemorySwap = 0, 0, 0
+	o.CpuShares, o.CpuWeight, o.CpuQuota, o.CpuPeriod, o.CPUIdle, o.CpuBurst = 0, 0, 0, 0, nil, nil
+	return &o
 }
 
 // delegate gives every controller the cgroup has to its children.
@@ -238,7 +252,7 @@ func (c *cgroup) update(spec *specs.LinuxResources) error {
 	c.complete(r)
 	// Raised limits must be raised outside first, lowered ones may stand for a
 	// moment inside: the smaller one always counts.
-	if err := setAll(c.manager, r); err != nil {
+	if err := setAll(c.manager, c.outer(r)); err != nil {
 		return err
 	}
 	c.remember(r)

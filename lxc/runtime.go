@@ -72,6 +72,8 @@ type CreateOptions struct {
 	Namespace, ID string
 	// Name is LXC's; made of the two if empty.
 	Name string
+	// InnerLimits has memory and cpu limited where Proxmox changes the limits.
+	InnerLimits bool
 	// Bundle is the absolute path of the OCI bundle; State is kept below Bundle/lxc.
 	Bundle string
 	// Rootfs is the absolute path of the mounted root file system.
@@ -231,7 +233,7 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 			return nil, err
 		}
 	}
-	cg, err := createCgroup(ctx, t.cgroup, t.unit, pveInit, o.Spec.Linux.Resources, t.resources)
+	cg, err := createCgroup(ctx, t.cgroup, t.unit, pveInit, o.Spec.Linux.Resources, t.resources, o.InnerLimits)
 	if err != nil {
 		return nil, err
 	}
