@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -297,4 +298,44 @@ func TestProxmoxLeftBehind(t *testing.T) {
 		_, code := command("zfs", "list", volumes+"/subvol-100-disk-0")
 		return code != 0
 	})
+}
+
+// TestUnprivileged: a container that asks for nothing but to be one has a user namespace, and its files and volumes
+// are as root's all the same; on a node of Proxmox its conf says so.
+func TestUnprivileged(t *testing.T) {
+	proxmox(t)
+	volume := t.TempDir()
+	must(t, os.WriteFile(filepath.Join(volume, "mine"), nil, 0o600))
+	b := start(t, options{id: "unprivileged", args: []string{"sleep", "1000"}, edit: func(s *specs.Spec) {
+		s.Annotations = map[string]string{"io.containerd.pve.unprivileged": "true"}
+		s.Mounts = append(s.Mounts, specs.Mount{Type: "bind", Source: volume, Destination: "/volume", Options: []string{"rbind", "rw"}})
+	}})
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/uid_map", b.task.Pid()))
+	must(t, err)
+	if f := strings.Fields(string(text)); len(f) != 3 || f[0] != "0" || f[1] == "0" || f[2] != "65536" {
+		t.Errorf("uid_map %s", text)
+	}
+	const script = "stat -c '%u:%g %a' /etc/shadow /volume/mine; touch /made /volume/made && stat -c '%u:%g' /made /volume/made"
+	out, code, err := b.execIn(sh(script), nil)
+	if err != nil || code != 0 {
+		t.Fatalf("%v, %d: %s", err, code, out)
+	}
+	wholly(t, "in the container", out, "0:42 640", "0:0 600", "0:0", "0:0")
+	st, err := os.Stat(filepath.Join(volume, "made"))
+	must(t, err)
+	if uid := st.Sys().(*syscall.Stat_t).Uid; uid != 0 {
+		t.Errorf("on the host the volume's new file is of %d", uid)
+	}
+	if conf := confOf(t, 100); !strings.Contains(conf, "\nunprivileged: 1\n") {
+		t.Errorf("the conf:\n%s", conf)
+	}
+	o, err := create(t, options{id: "overlay", snapshotter: "overlayfs", args: []string{"true"}, edit: func(s *specs.Spec) {
+		s.Annotations = map[string]string{"io.containerd.pve.unprivileged": "true"}
+	}})
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "pve-zfs") {
+		t.Errorf("with overlayfs: %v", err)
+	}
+	o.remove()
+	b.remove()
+	eventually(t, time.Minute, "the conf is gone", func() bool { return noConf(100) })
 }

@@ -37,6 +37,8 @@ type Options struct {
 	LXC lxc.Config
 	// SystemdCgroup asks for systemd's cgroup driver.
 	SystemdCgroup bool
+	// Unprivileged gives every container a user namespace that does not say otherwise.
+	Unprivileged bool
 	// Register is Required if empty.
 	Register Policy
 	// ProxmoxRoot is where the cluster's filesystem of Proxmox is; /etc/pve if empty.
@@ -58,6 +60,8 @@ type file struct {
 	Init string
 	// SystemdCgroup asks for systemd's cgroup driver.
 	SystemdCgroup bool
+	// Unprivileged gives every container a user namespace.
+	Unprivileged bool
 	// Register is required, best-effort or off.
 	Register Policy
 	// ProxmoxRoot is where the cluster's filesystem of Proxmox is.
@@ -129,7 +133,7 @@ func (f *file) read(name string, body []byte) error {
 			for _, e := range strict.Errors {
 				keys = append(keys, strings.Join(e.Key(), "."))
 			}
-			return fmt.Errorf("%s: unknown key %s (known: LXCPath, LXCStart, Init, SystemdCgroup, Register, ProxmoxRoot, Registry): %w", name, strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+			return fmt.Errorf("%s: unknown key %s (known: LXCPath, LXCStart, Init, SystemdCgroup, Unprivileged, Register, ProxmoxRoot, Registry): %w", name, strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 		}
 		return fmt.Errorf("%s: %w: %w", name, err, errdefs.ErrInvalidArgument)
 	}
@@ -142,7 +146,7 @@ func (f *file) read(name string, body []byte) error {
 
 func (f *file) options() Options {
 	return Options{
-		SystemdCgroup: f.SystemdCgroup, Register: f.Register, ProxmoxRoot: f.ProxmoxRoot, Registry: f.Registry,
+		SystemdCgroup: f.SystemdCgroup, Unprivileged: f.Unprivileged, Register: f.Register, ProxmoxRoot: f.ProxmoxRoot, Registry: f.Registry,
 		LXC: lxc.Config{Path: f.LXCPath, Start: f.LXCStart, Init: f.Init},
 	}
 }

@@ -199,6 +199,9 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	if spec.Process != nil {
 		spec.Process.Terminal = r.Terminal
 	}
+	if err := unprivilegedToo(spec, r.Rootfs, &o, hostSubIDs); err != nil {
+		return nil, fmt.Errorf("task %s: %w", r.ID, err)
+	}
 	name, config, err := t.onProxmox(ctx, spec, r, &o)
 	if err != nil {
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
