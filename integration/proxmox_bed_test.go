@@ -339,3 +339,48 @@ func TestUnprivileged(t *testing.T) {
 	b.remove()
 	eventually(t, time.Minute, "the conf is gone", func() bool { return noConf(100) })
 }
+
+// TestProxmoxNetwork: a container of `ctr run` with an interface at a bridge, by the annotation alone.
+func TestProxmoxNetwork(t *testing.T) {
+	proxmox(t)
+	for _, c := range []string{"link add vmbr9 type bridge", "addr add 10.99.0.1/24 dev vmbr9", "link set vmbr9 up"} {
+		if out, code := command(strings.Fields("ip " + c)...); code != 0 {
+			t.Fatal(out)
+		}
+	}
+	t.Cleanup(func() { command("ip", "link", "del", "vmbr9") })
+	b := start(t, options{id: "net", image: busybox, args: []string{"sleep", "1000"}, edit: func(s *specs.Spec) {
+		s.Annotations = map[string]string{"io.containerd.pve.net0": "bridge=vmbr9,ip=10.99.0.5/24,gw=10.99.0.1,mtu=1400"}
+	}})
+	out, code, err := b.execIn(sh("ip -4 -o addr show eth0; ip link show eth0; ip route; ip link show lo; ping -c 1 -W 20 10.99.0.1; test -s /etc/resolv.conf && echo resolv"), nil)
+	if err != nil || code != 0 {
+		t.Errorf("%v, %d", err, code)
+	}
+	for _, want := range []string{"inet 10.99.0.5/24", "mtu 1400", "(?i)ether bc:24:11:", "default via 10.99.0.1 dev eth0", "lo: <LOOPBACK,UP", "1 packets received", "resolv"} {
+		if !regexp.MustCompile(want).MatchString(out) {
+			t.Errorf("it lacks %s:\n%s", want, out)
+		}
+	}
+	if out, code := command("ip", "link", "show", "veth100i0"); code != 0 || !strings.Contains(out, "master vmbr9") {
+		t.Errorf("the host's end: %s", out)
+	}
+	if conf := confOf(t, 100); !regexp.MustCompile(`(?m)^net0: name=eth0,bridge=vmbr9,gw=10\.99\.0\.1,hwaddr=BC:24:11:[0-9A-F:]{8},ip=10\.99\.0\.5/24,mtu=1400,type=veth$`).MatchString(conf) {
+		t.Errorf("the conf:\n%s", conf)
+	}
+	for net, is := range map[string]func(error) bool{"bridge=none9,ip=10.99.0.6/24": nil, "bridge=vmbr9,ip=10.99.0.6": errdefs.IsInvalidArgument} {
+		o, err := create(t, options{id: "refused", image: busybox, args: []string{"true"}, edit: func(s *specs.Spec) {
+			s.Annotations = map[string]string{"io.containerd.pve.net0": net}
+		}})
+		if err == nil || is != nil && !is(err) {
+			t.Errorf("%s: %v", net, err)
+		}
+		t.Log(err)
+		o.remove()
+	}
+	b.remove()
+	eventually(t, time.Minute, "the host's end is gone", func() bool {
+		_, code := command("ip", "link", "show", "veth100i0")
+		return code != 0
+	})
+	eventually(t, time.Minute, "the conf is gone", func() bool { return noConf(100) })
+}

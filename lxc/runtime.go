@@ -22,6 +22,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -72,6 +73,8 @@ type CreateOptions struct {
 	Namespace, ID string
 	// Name is LXC's; made of the two if empty.
 	Name string
+	// Interfaces are made in the container's own network namespace.
+	Interfaces []Veth
 	// InnerLimits has memory and cpu limited where Proxmox changes the limits.
 	InnerLimits bool
 	// Bundle is the absolute path of the OCI bundle; State is kept below Bundle/lxc.
@@ -84,6 +87,17 @@ type CreateOptions struct {
 	SystemdCgroup bool
 	// Stdio of the container's init.
 	Stdio Stdio
+}
+
+// Veth is an interface of a container, whose other end is at a bridge of the host's.
+type Veth struct {
+	Name      string // in the container
+	Host      string // the other end
+	Bridge    string
+	HWAddr    string
+	MTU, VLAN int            // 0: not said
+	Addresses []netip.Prefix // of both kinds
+	GW4, GW6  netip.Addr     // not valid: none
 }
 
 // ExitStatus is how a process ended.

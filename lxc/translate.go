@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode"
 
@@ -81,6 +82,34 @@ func (c *config) set(key, value string) {
 		return
 	}
 	fmt.Fprintf(&c.b, "%s = %s\n", key, value)
+}
+
+// veth adds an interface (lxc.container.conf(5), NETWORK).
+func (c *config) veth(index int, v Veth) {
+	set := func(key, value string) { c.set(fmt.Sprintf("lxc.net.%d.%s", index, key), value) }
+	set("type", "veth")
+	set("link", v.Bridge)
+	set("veth.pair", v.Host)
+	set("name", v.Name)
+	set("flags", "up")
+	if v.HWAddr != "" {
+		set("hwaddr", v.HWAddr)
+	}
+	if v.MTU != 0 {
+		set("mtu", strconv.Itoa(v.MTU))
+	}
+	if v.VLAN != 0 {
+		set("veth.vlan.id", strconv.Itoa(v.VLAN))
+	}
+	for _, a := range v.Addresses {
+		set(map[bool]string{true: "ipv4", false: "ipv6"}[a.Addr().Is4()]+".address", a.String())
+	}
+	if v.GW4.IsValid() {
+		set("ipv4.gateway", v.GW4.String())
+	}
+	if v.GW6.IsValid() {
+		set("ipv6.gateway", v.GW6.String())
+	}
 }
 
 // The names liblxc has for the namespaces of the spec.
@@ -202,8 +231,14 @@ func translate(o CreateOptions, name string) (*translation, error) {
 	case own[specs.NetworkNamespace]:
 		c.set("lxc.net.0.type", "empty")
 		c.set("lxc.net.0.flags", "up") // of lo, as runc has it
+		for i, v := range o.Interfaces {
+			c.veth(i+1, v)
+		}
 	case !present[specs.NetworkNamespace]:
 		c.set("lxc.net.0.type", "none")
+	}
+	if len(o.Interfaces) > 0 && !own[specs.NetworkNamespace] {
+		return nil, fmt.Errorf("network interfaces need a network namespace of the container's own: %w", errdefs.ErrInvalidArgument)
 	}
 	t.sharedPID = !own[specs.PIDNamespace]
 	if spec.Hostname != "" {

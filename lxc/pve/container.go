@@ -25,6 +25,7 @@ type Container struct {
 	// options that follow it in a conf ("size=8G"), if any.
 	Rootfs       string
 	Unprivileged bool
+	Nets         []Net // net0 and on
 	Limits       Limits
 	// StopSignal is the number that `pct shutdown` sends; 0: LXC's own.
 	StopSignal int
@@ -86,6 +87,11 @@ func (c *Container) Conf(host Host) (*Conf, error) {
 		{"tags", strings.Join(c.tags(), ";")}, {"unprivileged", map[bool]string{false: "0", true: "1"}[c.Unprivileged]},
 	} {
 		if err := conf.Set(p[0], p[1]); err != nil {
+			return nil, err
+		}
+	}
+	for i, n := range c.Nets {
+		if err := conf.Set(fmt.Sprintf("net%d", i), n.String()); err != nil {
 			return nil, err
 		}
 	}

@@ -61,7 +61,7 @@ type proxmox struct {
 // register makes the container one of Proxmox's, if this is a node of it. It
 // changes the mounts to where the disk is then, and answers the container's LXC name.
 // A pod's sandbox is none: it has no disk and no process of the user's.
-func (p *proxmox) register(ctx context.Context, spec *specs.Spec, mounts []*types.Mount, rootfs string) (name string, err error) {
+func (p *proxmox) register(ctx context.Context, spec *specs.Spec, nets []pve.Net, mounts []*types.Mount, rootfs string) (name string, err error) {
 	want := 0
 	if v, asked := spec.Annotations[annotationVMID]; asked {
 		if want, err = strconv.Atoi(v); err != nil || want == 0 {
@@ -76,7 +76,7 @@ func (p *proxmox) register(ctx context.Context, spec *specs.Spec, mounts []*type
 	c := pve.Container{
 		Namespace: p.namespace, ID: p.id, Image: spec.Annotations[criImage],
 		Pod: spec.Annotations[criPod], PodNamespace: spec.Annotations[criPodNamespace],
-		Arch: runtime.GOARCH, Hostname: spec.Hostname, Unprivileged: unprivileged(spec), Limits: p.limits,
+		Arch: runtime.GOARCH, Hostname: spec.Hostname, Unprivileged: unprivileged(spec), Nets: nets, Limits: p.limits,
 	}
 	if spec.Process != nil {
 		c.Args, c.Env = spec.Process.Args, spec.Process.Env
@@ -94,13 +94,13 @@ func (p *proxmox) register(ctx context.Context, spec *specs.Spec, mounts []*type
 // onProxmox registers a task's container, if this is a node of Proxmox and the
 // policy says so, and answers its LXC name and where LXC has it; the name is empty for one that
 // is none of Proxmox's.
-func (t *taskState) onProxmox(ctx context.Context, spec *specs.Spec, r *api.CreateTaskRequest, o *options.Options) (name string, config lxc.Config, err error) {
+func (t *taskState) onProxmox(ctx context.Context, spec *specs.Spec, nets []pve.Net, r *api.CreateTaskRequest, o *options.Options) (name string, config lxc.Config, err error) {
 	if o.Register == options.Off || spec.Annotations[criType] == criSandbox || !pve.Found(cmp.Or(o.ProxmoxRoot, proxmoxRoot)) {
 		return "", o.LXC, nil
 	}
 	p := &t.proxmox
 	p.registrar, p.namespace, p.id = registry.NewClient(cmp.Or(o.Registry, registryAddress)), t.service.namespace, t.id
-	name, err = p.register(ctx, spec, r.Rootfs, filepath.Join(t.bundle, "rootfs"))
+	name, err = p.register(ctx, spec, nets, r.Rootfs, filepath.Join(t.bundle, "rootfs"))
 	if err != nil {
 		p.registrar = nil
 		if o.Register != options.BestEffort {

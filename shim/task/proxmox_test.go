@@ -58,7 +58,7 @@ func TestRegister(t *testing.T) {
 		},
 	}
 	mounts := []*types.Mount{{Type: "zfs", Source: "tank/ours/7"}}
-	name, err := p.register(ctx, spec, mounts, "/b/rootfs")
+	name, err := p.register(ctx, spec, nil, mounts, "/b/rootfs")
 	if err != nil || name != "100" || mounts[0].Source != "tank/data/subvol-100-disk-0" {
 		t.Fatalf("%q, %v, %v", name, mounts, err)
 	}
@@ -76,18 +76,18 @@ func TestRegister(t *testing.T) {
 
 	overlay := []*types.Mount{{Type: "overlay", Source: "overlay"}}
 	delete(spec.Annotations, annotationVMID)
-	if name, err := p.register(ctx, spec, overlay, "/b/rootfs"); err != nil || name != "100" || a.want != 0 || a.disk != (registry.Disk{Directory: "/b/rootfs"}) || overlay[0].Source != "overlay" {
+	if name, err := p.register(ctx, spec, nil, overlay, "/b/rootfs"); err != nil || name != "100" || a.want != 0 || a.disk != (registry.Disk{Directory: "/b/rootfs"}) || overlay[0].Source != "overlay" {
 		t.Errorf("overlay: %q, %v, %+v", name, err, a.disk)
 	}
 	for _, v := range []string{"", "0", "x", "1e3"} {
 		spec.Annotations[annotationVMID] = v
-		if _, err := p.register(ctx, spec, overlay, ""); !errdefs.IsInvalidArgument(err) {
+		if _, err := p.register(ctx, spec, nil, overlay, ""); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("VMID %q: %v", v, err)
 		}
 	}
 	spec.Annotations = nil
 	a.err = errors.New("no")
-	if _, err := p.register(ctx, spec, mounts, ""); !errors.Is(err, a.err) {
+	if _, err := p.register(ctx, spec, nil, mounts, ""); !errors.Is(err, a.err) {
 		t.Error(err)
 	}
 	new(proxmox).update(ctx, nil) // of a container that is none of Proxmox's
@@ -131,7 +131,7 @@ func TestPolicy(t *testing.T) {
 	} {
 		c.o.LXC.Path = "/own"
 		s := &taskState{service: &Service{namespace: "default"}, id: "x", bundle: "/b"}
-		name, config, err := s.onProxmox(t.Context(), c.spec, &api.CreateTaskRequest{}, &c.o)
+		name, config, err := s.onProxmox(t.Context(), c.spec, nil, &api.CreateTaskRequest{}, &c.o)
 		if c.is != nil {
 			if !c.is(err) {
 				t.Errorf("%d: %v", i, err)

@@ -199,10 +199,17 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	if spec.Process != nil {
 		spec.Process.Terminal = r.Terminal
 	}
+	nets, err := netsOf(spec, s.namespace, r.ID)
+	if err == nil && len(nets) > 0 {
+		err = resolv(spec, r.Bundle, resolvConf)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("task %s: %w", r.ID, err)
+	}
 	if err := unprivilegedToo(spec, r.Rootfs, &o, hostSubIDs); err != nil {
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
-	name, config, err := t.onProxmox(ctx, spec, r, &o)
+	name, config, err := t.onProxmox(ctx, spec, nets, r, &o)
 	if err != nil {
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
@@ -226,7 +233,7 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
 	c, err := s.engine.Create(ctx, config, lxc.CreateOptions{
-		Namespace: s.namespace, ID: r.ID, Name: name, InnerLimits: name != "", Bundle: r.Bundle, Rootfs: t.rootfs, Spec: spec, SystemdCgroup: o.SystemdCgroup, Stdio: p.io.Child(),
+		Namespace: s.namespace, ID: r.ID, Name: name, Interfaces: veths(nets, name), InnerLimits: name != "", Bundle: r.Bundle, Rootfs: t.rootfs, Spec: spec, SystemdCgroup: o.SystemdCgroup, Stdio: p.io.Child(),
 	})
 	if err != nil {
 		_ = p.io.Started(nil) // its ends of the pipes are nobody's now

@@ -3,6 +3,7 @@ package registry
 import (
 	"context"
 	"net"
+	"net/netip"
 	"path/filepath"
 	"reflect"
 	"strings"
@@ -40,6 +41,10 @@ func TestService(t *testing.T) {
 	})
 	c := pve.Container{
 		Namespace: "k8s.io", ID: "x", Image: "i", Digest: "sha256:1", Pod: "p", PodNamespace: "pn", Arch: "amd64", Hostname: "h", Unprivileged: true,
+		Nets: []pve.Net{{
+			Name: "eth0", Bridge: "vmbr0", HWAddr: "BC:24:11:00:00:01", MTU: 1400, Tag: 7,
+			IP4: netip.MustParsePrefix("10.0.0.5/24"), GW4: netip.MustParseAddr("10.0.0.1"), IP6: netip.MustParsePrefix("fd00::5/64"), GW6: netip.MustParseAddr("fd00::1"),
+		}},
 		Limits: pve.Limits{Memory: 64 << 20, Swap: 1, Quota: 2, Period: 3, Weight: 4}, StopSignal: 3, Args: []string{"a", "b c"}, Env: []string{"A=1"},
 	}
 	// A field that is added has to be in the list above.
