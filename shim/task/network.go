@@ -19,8 +19,12 @@ const annotationNet = "io.containerd.pve.net%d"
 // maxNets is how many Proxmox takes (pve-container, $MAX_LXC_NETWORKS).
 const maxNets = 32
 
-// netsOf are the interfaces that a container asks for. Errors: those of pve.ParseNet.
-func netsOf(spec *specs.Spec, namespace, id string) ([]pve.Net, error) {
+// interfaces is where the kernel shows those of the host.
+const interfaces = "/sys/class/net"
+
+// netsOf are the interfaces that a container asks for. Errors: those of
+// pve.ParseNet; FailedPrecondition, the bridge is not among those of the host.
+func netsOf(spec *specs.Spec, namespace, id, host string) ([]pve.Net, error) {
 	var nets []pve.Net
 	for i := range maxNets {
 		text, there := spec.Annotations[fmt.Sprintf(annotationNet, i)]
@@ -33,6 +37,9 @@ func netsOf(spec *specs.Spec, namespace, id string) ([]pve.Net, error) {
 		}
 		if n.DHCP4 {
 			return nil, fmt.Errorf("annotation %s: ip=dhcp cannot be had here yet, an address can (ip=ADDRESS/BITS): %w", fmt.Sprintf(annotationNet, i), errdefs.ErrNotImplemented)
+		}
+		if _, err := os.Stat(filepath.Join(host, n.Bridge)); err != nil {
+			return nil, fmt.Errorf("annotation %s: this host has no bridge %s (`ip link show type bridge` lists them): %w", fmt.Sprintf(annotationNet, i), n.Bridge, errdefs.ErrFailedPrecondition)
 		}
 		if n.HWAddr == "" {
 			n.HWAddr = pve.HWAddrOf(namespace, id, i)

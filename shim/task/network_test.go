@@ -17,7 +17,13 @@ func TestNets(t *testing.T) {
 		}
 		return s
 	}
-	nets, err := netsOf(asking("bridge=vmbr0,ip=10.0.0.5/24,gw=10.0.0.1", "bridge=vmbr1,ip6=fd00::5/64,hwaddr=BC:24:11:0A:0B:0C,tag=7"), "default", "web")
+	host := t.TempDir()
+	for _, bridge := range []string{"vmbr0", "vmbr1"} {
+		if err := os.Mkdir(filepath.Join(host, bridge), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	nets, err := netsOf(asking("bridge=vmbr0,ip=10.0.0.5/24,gw=10.0.0.1", "bridge=vmbr1,ip6=fd00::5/64,hwaddr=BC:24:11:0A:0B:0C,tag=7"), "default", "web", host)
 	if err != nil || len(nets) != 2 || nets[0].HWAddr == "" || nets[1].HWAddr != "BC:24:11:0A:0B:0C" {
 		t.Fatalf("%+v, %v", nets, err)
 	}
@@ -27,11 +33,11 @@ func TestNets(t *testing.T) {
 	if v := veths(nets, ""); v[1].Host != "veth0A0B0C" {
 		t.Errorf("%+v", v)
 	}
-	if nets, err := netsOf(asking(), "default", "web"); err != nil || len(nets) != 0 || veths(nets, "") != nil {
+	if nets, err := netsOf(asking(), "default", "web", host); err != nil || len(nets) != 0 || veths(nets, "") != nil {
 		t.Errorf("none: %v, %v", nets, err)
 	}
-	for text, is := range map[string]func(error) bool{"x": errdefs.IsInvalidArgument, "bridge=b,ip=dhcp": errdefs.IsNotImplemented} {
-		if _, err := netsOf(asking(text), "default", "web"); !is(err) {
+	for text, is := range map[string]func(error) bool{"x": errdefs.IsInvalidArgument, "bridge=vmbr0,ip=dhcp": errdefs.IsNotImplemented, "bridge=b": errdefs.IsFailedPrecondition} {
+		if _, err := netsOf(asking(text), "default", "web", host); !is(err) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}

@@ -199,7 +199,7 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	if spec.Process != nil {
 		spec.Process.Terminal = r.Terminal
 	}
-	nets, err := netsOf(spec, s.namespace, r.ID)
+	nets, err := netsOf(spec, s.namespace, r.ID, interfaces)
 	if err == nil && len(nets) > 0 {
 		err = resolv(spec, r.Bundle, resolvConf)
 	}
