@@ -148,6 +148,13 @@ func TestProxmoxLife(t *testing.T) {
 		t.Errorf("containers: %s", list)
 	}
 
+	list, _ = command("containerd-pve", "check") // it may lack what is none of Proxmox's
+	for _, want := range []string{`ok +proxmox +node `, `ok +quorum `, `ok +storage +local-zfs, tank/data`, `ok +vmids +100 to 999999, 1 of them taken`, `ok +memory `, `ok +subids `, `ok +register `} {
+		if !regexp.MustCompile(`(?m)^` + want).MatchString(list) {
+			t.Errorf("check lacks %s:\n%s", want, list)
+		}
+	}
+
 	memory := int64(128 << 20)
 	must(t, b.task.Update(b.ctx, client.WithResources(&specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &memory, Swap: &memory}})))
 	if conf := confOf(t, 100); !strings.Contains(conf, "\nmemory: 128\n") {

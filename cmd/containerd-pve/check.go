@@ -65,6 +65,7 @@ func check(ctx context.Context, conf config, confErr error) []finding {
 		list[0] = result("configuration", "dataset "+conf.Dataset, err)
 		if err == nil {
 			list = append(list, thisHost.check(ctx, conf)...)
+			list = append(list, thisProxmox.check(ctx, conf)...)
 		}
 	}
 	list = append(list, result("cgroup", "version 2", cgroup2()))

@@ -281,6 +281,20 @@ func (r Range) check(where string) error {
 	return nil
 }
 
+// VMIDs are the range that new ones are taken from, and how many of it guests have.
+func (n *Node) VMIDs() (r Range, taken int, err error) {
+	if r, err = n.vmids(); err != nil {
+		return r, 0, err
+	}
+	all, err := n.taken()
+	for vmid := range all {
+		if vmid >= r.Lower && vmid < r.Upper {
+			taken++
+		}
+	}
+	return r, taken, err
+}
+
 // taken are the VMIDs of all guests of the cluster, as its filesystem lists them.
 // It is a hint: what it lacks is found when the conf is created. The list is made
 // anew whenever anybody asks for its size, also while it is read (pve-cluster,
