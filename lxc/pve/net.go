@@ -41,14 +41,14 @@ func ParseNet(text string, index int) (Net, error) {
 	seen := map[string]bool{}
 	for part := range strings.SplitSeq(text, ",") {
 		key, value, ok := strings.Cut(part, "=")
-		bad := func(why string) (Net, error) {
-			return Net{}, fmt.Errorf("net%d: %.80q: %s: %w", index, part, why, errdefs.ErrInvalidArgument)
+		bad := func(why string) error {
+			return fmt.Errorf("net%d: %.80q: %s: %w", index, part, why, errdefs.ErrInvalidArgument)
 		}
 		if !ok || value == "" {
-			return bad("not of the form key=value")
+			return Net{}, bad("not of the form key=value")
 		}
 		if seen[key] {
-			return bad("it is there twice")
+			return Net{}, bad("it is there twice")
 		}
 		seen[key] = true
 		var why string
@@ -100,7 +100,7 @@ func ParseNet(text string, index int) (Net, error) {
 			why = "Proxmox knows no such key"
 		}
 		if why != "" {
-			return bad(why)
+			return Net{}, bad(why)
 		}
 	}
 	var why string
