@@ -4,10 +4,12 @@ package integration
 
 import (
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -15,6 +17,8 @@ import (
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/errdefs"
+	"github.com/insomniacslk/dhcp/dhcpv4"
+	"github.com/insomniacslk/dhcp/dhcpv4/server4"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/containerd-pve/containerd-pve/integration/pmxcfs"
@@ -390,4 +394,71 @@ func TestProxmoxNetwork(t *testing.T) {
 		return code != 0
 	})
 	eventually(t, time.Minute, "the conf is gone", func() bool { return noConf(100) })
+}
+
+// TestProxmoxDHCP: an address, a route and a name server from the bridge's DHCP server, renewed, and given back.
+func TestProxmoxDHCP(t *testing.T) {
+	for _, c := range []string{"link add vmbr9 type bridge", "addr add 10.98.0.1/24 dev vmbr9", "link set vmbr9 up"} {
+		if out, code := command(strings.Fields("ip " + c)...); code != 0 {
+			t.Fatal(out)
+		}
+	}
+	t.Cleanup(func() { command("ip", "link", "del", "vmbr9") })
+	ask := func(id string) (*box, error) {
+		return create(t, options{id: id, image: busybox, args: []string{"sleep", "1000"}, edit: func(s *specs.Spec) {
+			s.Annotations = map[string]string{"io.containerd.pve.net0": "bridge=vmbr9,ip=dhcp"}
+		}})
+	}
+	o, err := ask("nobody")
+	if !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("without a server: %v", err)
+	}
+	t.Log(err)
+	o.remove()
+
+	var mu sync.Mutex
+	told := map[dhcpv4.MessageType]int{}
+	gateway := net.IPv4(10, 98, 0, 1)
+	server, err := server4.NewServer("vmbr9", nil, func(conn net.PacketConn, peer net.Addr, m *dhcpv4.DHCPv4) {
+		mu.Lock()
+		told[m.MessageType()]++
+		mu.Unlock()
+		answer := map[dhcpv4.MessageType]dhcpv4.MessageType{dhcpv4.MessageTypeDiscover: dhcpv4.MessageTypeOffer, dhcpv4.MessageTypeRequest: dhcpv4.MessageTypeAck}[m.MessageType()]
+		if answer == dhcpv4.MessageTypeNone {
+			return
+		}
+		reply, err := dhcpv4.NewReplyFromRequest(m, dhcpv4.WithMessageType(answer), dhcpv4.WithYourIP(net.IPv4(10, 98, 0, 7)), dhcpv4.WithServerIP(gateway),
+			dhcpv4.WithOption(dhcpv4.OptServerIdentifier(gateway)), dhcpv4.WithNetmask(net.CIDRMask(24, 32)), dhcpv4.WithRouter(gateway), dhcpv4.WithDNS(gateway), dhcpv4.WithLeaseTime(20))
+		if err == nil {
+			_, _ = conn.WriteTo(reply.ToBytes(), peer)
+		}
+	})
+	must(t, err)
+	go func() { _ = server.Serve() }()
+	t.Cleanup(func() { server.Close() })
+	count := func(kind dhcpv4.MessageType) int {
+		mu.Lock()
+		defer mu.Unlock()
+		return told[kind]
+	}
+	b, err := ask("asks")
+	must(t, err)
+	must(t, b.task.Start(b.ctx))
+	out, code, err := b.execIn(sh("ip -4 -o addr show eth0; ip route; cat /etc/resolv.conf; ping -c 1 -W 20 10.98.0.1"), nil)
+	if err != nil || code != 0 {
+		t.Errorf("%v, %d", err, code)
+	}
+	for _, want := range []string{"inet 10.98.0.7/24", "default via 10.98.0.1 dev eth0", "nameserver 10.98.0.1", "1 packets received"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("it lacks %s:\n%s", want, out)
+		}
+	}
+	first := count(dhcpv4.MessageTypeRequest)
+	eventually(t, time.Minute, "the lease is renewed", func() bool { return count(dhcpv4.MessageTypeRequest) > first })
+	b.remove()
+	eventually(t, time.Minute, "the address is given back", func() bool { return count(dhcpv4.MessageTypeRelease) == 1 })
+	eventually(t, time.Minute, "no end is left at the bridge", func() bool {
+		out, _ := command("ip", "link", "show", "master", "vmbr9")
+		return out == ""
+	})
 }

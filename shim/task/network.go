@@ -1,16 +1,21 @@
 package task
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
+	"unicode"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/containerd-pve/containerd-pve/lxc"
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
+	"github.com/containerd-pve/containerd-pve/shim/dhcp"
 )
 
 // annotationNet asks for interfaces in Proxmox's syntax: io.containerd.pve.net0 and on.
@@ -34,9 +39,6 @@ func netsOf(spec *specs.Spec, namespace, id, host string) ([]pve.Net, error) {
 		n, err := pve.ParseNet(text, i)
 		if err != nil {
 			return nil, fmt.Errorf("annotation %s: %w", fmt.Sprintf(annotationNet, i), err)
-		}
-		if n.DHCP4 {
-			return nil, fmt.Errorf("annotation %s: ip=dhcp cannot be had here yet, an address can (ip=ADDRESS/BITS): %w", fmt.Sprintf(annotationNet, i), errdefs.ErrNotImplemented)
 		}
 		if _, err := os.Stat(filepath.Join(host, n.Bridge)); err != nil {
 			return nil, fmt.Errorf("annotation %s: this host has no bridge %s (`ip link show type bridge` lists them): %w", fmt.Sprintf(annotationNet, i), n.Bridge, errdefs.ErrFailedPrecondition)
@@ -69,7 +71,51 @@ func veths(nets []pve.Net, name string) []lxc.Veth {
 	return all
 }
 
-const resolvConf = "/etc/resolv.conf"
+// dhcp gets the addresses of those interfaces that are to have one so, before the
+// entrypoint runs, and has the container ask the name servers that come with it.
+func (t *taskState) dhcp(ctx context.Context, nets []pve.Net, pid int) error {
+	for _, n := range nets {
+		if !n.DHCP4 {
+			continue
+		}
+		c, err := dhcp.Start(ctx, fmt.Sprintf("/proc/%d/ns/net", pid), n.Name)
+		if err != nil {
+			return err
+		}
+		t.leases = append(t.leases, c)
+		var text strings.Builder
+		if d := c.Domain(); d != "" && !strings.ContainsFunc(d, unicode.IsControl) {
+			fmt.Fprintf(&text, "search %s\n", d)
+		}
+		for _, s := range c.Nameservers() {
+			fmt.Fprintf(&text, "nameserver %s\n", s)
+		}
+		file := filepath.Join(t.bundle, resolvFile)
+		if _, err := os.Stat(file); err != nil || len(c.Nameservers()) == 0 {
+			continue // the spec has one of its own, or the server told none
+		}
+		// The same file: it is mounted.
+		if err := os.WriteFile(file, []byte(text.String()), 0o644); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// endLeases gives the addresses back.
+func (t *taskState) endLeases() {
+	for _, c := range t.leases {
+		if err := c.Close(); err != nil {
+			log.L.WithError(err).Warnf("task %s", t.id)
+		}
+	}
+	t.leases = nil
+}
+
+const (
+	resolvConf = "/etc/resolv.conf"
+	resolvFile = "resolv.conf" // in the bundle
+)
 
 // resolv gives a container with interfaces of its own the host's resolv.conf, as
 // it is now, unless its spec has one.
@@ -81,7 +127,7 @@ func resolv(spec *specs.Spec, bundle, host string) error {
 	if err != nil {
 		return fmt.Errorf("the host's resolver: %w", err)
 	}
-	file := filepath.Join(bundle, "resolv.conf")
+	file := filepath.Join(bundle, resolvFile)
 	if err := os.WriteFile(file, text, 0o644); err != nil {
 		return err
 	}

@@ -36,7 +36,7 @@ func TestNets(t *testing.T) {
 	if nets, err := netsOf(asking(), "default", "web", host); err != nil || len(nets) != 0 || veths(nets, "") != nil {
 		t.Errorf("none: %v, %v", nets, err)
 	}
-	for text, is := range map[string]func(error) bool{"x": errdefs.IsInvalidArgument, "bridge=vmbr0,ip=dhcp": errdefs.IsNotImplemented, "bridge=b": errdefs.IsFailedPrecondition} {
+	for text, is := range map[string]func(error) bool{"x": errdefs.IsInvalidArgument, "bridge=vmbr0,ip6=dhcp": errdefs.IsNotImplemented, "bridge=b": errdefs.IsFailedPrecondition} {
 		if _, err := netsOf(asking(text), "default", "web", host); !is(err) {
 			t.Errorf("%s: %v", text, err)
 		}

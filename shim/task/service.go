@@ -34,6 +34,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/containerd-pve/containerd-pve/lxc"
+	"github.com/containerd-pve/containerd-pve/shim/dhcp"
 	"github.com/containerd-pve/containerd-pve/shim/options"
 	"github.com/containerd-pve/containerd-pve/shim/stdio"
 )
@@ -69,6 +70,7 @@ type taskState struct {
 	rootfs  string
 	mounted bool
 	proxmox proxmox
+	leases  []*dhcp.Client
 
 	ready     chan struct{} // closed when Create is through
 	container Container
@@ -243,6 +245,9 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	p.proc, t.container, t.init = c, c, p
 	err = p.io.Started(c.Console())
 	if err == nil {
+		err = t.dhcp(ctx, nets, c.Pid())
+	}
+	if err == nil {
 		err = shim.WritePidFile(filepath.Join(r.Bundle, "init.pid"), c.Pid())
 	}
 	if err != nil {
@@ -264,6 +269,7 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 func (t *taskState) abort(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endLimit)
 	defer cancel()
+	t.endLeases()
 	if err := t.container.KillAll(ctx, unix.SIGKILL); err != nil {
 		log.G(ctx).WithError(err).Error("kill a half-made container")
 	}
@@ -342,6 +348,7 @@ func (t *taskState) unmount() error {
 // beforeEnd puts init's end after all that came before it: an OOM kill, and the
 // ends of the execs, which died with their pid namespace.
 func (t *taskState) beforeEnd() {
+	t.endLeases()
 	t.lastOOM()
 	t.mu.Lock()
 	var others []*process
