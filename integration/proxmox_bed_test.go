@@ -396,7 +396,7 @@ func TestProxmoxNetwork(t *testing.T) {
 	eventually(t, time.Minute, "the conf is gone", func() bool { return noConf(100) })
 }
 
-// TestProxmoxDHCP: an address, a route and a name server from the bridge's DHCP server, renewed, and given back.
+// TestProxmoxDHCP: an address, a route and a name server from the bridge's DHCP server, renewed.
 func TestProxmoxDHCP(t *testing.T) {
 	for _, c := range []string{"link add vmbr9 type bridge", "addr add 10.98.0.1/24 dev vmbr9", "link set vmbr9 up"} {
 		if out, code := command(strings.Fields("ip " + c)...); code != 0 {
@@ -456,7 +456,6 @@ func TestProxmoxDHCP(t *testing.T) {
 	first := count(dhcpv4.MessageTypeRequest)
 	eventually(t, time.Minute, "the lease is renewed", func() bool { return count(dhcpv4.MessageTypeRequest) > first })
 	b.remove()
-	eventually(t, time.Minute, "the address is given back", func() bool { return count(dhcpv4.MessageTypeRelease) == 1 })
 	eventually(t, time.Minute, "no end is left at the bridge", func() bool {
 		out, _ := command("ip", "link", "show", "master", "vmbr9")
 		return out == ""

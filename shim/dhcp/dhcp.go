@@ -5,7 +5,6 @@ package dhcp
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -172,17 +171,10 @@ func (c *Client) keep(ctx context.Context) {
 	<-ctx.Done()
 }
 
-// Close gives the address back and lets the namespace go.
-func (c *Client) Close() error {
+// Close lets the namespace go. The lease ends by itself: LXC takes the interface
+// away with the container, and there is nothing left to give it back by.
+func (c *Client) Close() {
 	c.stop()
 	<-c.done
-	err := c.client.Release(c.lease)
-	if errors.Is(err, net.ErrClosed) {
-		err = nil
-	}
 	c.close()
-	if err != nil {
-		return fmt.Errorf("giving the address of %s back: %w", c.name, err)
-	}
-	return nil
 }

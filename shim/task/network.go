@@ -10,7 +10,6 @@ import (
 	"unicode"
 
 	"github.com/containerd/errdefs"
-	"github.com/containerd/log"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/containerd-pve/containerd-pve/lxc"
@@ -102,12 +101,10 @@ func (t *taskState) dhcp(ctx context.Context, nets []pve.Net, pid int) error {
 	return nil
 }
 
-// endLeases gives the addresses back.
+// endLeases lets the network namespace go.
 func (t *taskState) endLeases() {
 	for _, c := range t.leases {
-		if err := c.Close(); err != nil {
-			log.L.WithError(err).Warnf("task %s", t.id)
-		}
+		c.Close()
 	}
 	t.leases = nil
 }
