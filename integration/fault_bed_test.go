@@ -630,16 +630,16 @@ func TestShortages(t *testing.T) {
 		}
 	})
 	t.Run("pool", func(t *testing.T) {
-		used, code := command("zfs", "get", "-Hpo", "value", "used", "tank/containerd-pve")
+		used, code := command("zfs", "get", "-Hpo", "value", "used", pool()+"/containerd-pve")
 		if code != 0 {
 			t.Fatal(used)
 		}
 		n, err := strconv.Atoi(strings.TrimSpace(used))
 		must(t, err)
-		if out, code := command("zfs", "set", fmt.Sprintf("quota=%d", n+2<<20), "tank/containerd-pve"); code != 0 {
+		if out, code := command("zfs", "set", fmt.Sprintf("quota=%d", n+2<<20), pool()+"/containerd-pve"); code != 0 {
 			t.Fatal(out)
 		}
-		defer command("zfs", "set", "quota=none", "tank/containerd-pve")
+		defer command("zfs", "set", "quota=none", pool()+"/containerd-pve")
 		stdout, stderr, exit := run(t, options{args: sh("head -c 12000000 /dev/urandom >/big; echo $?; sync; echo more >>/etc/hostname; exit 3")})
 		if exit != 3 || !strings.HasPrefix(stdout, "1\n") || !strings.Contains(stderr, "head:") {
 			t.Errorf("exit code %d, %q, %q", exit, stdout, stderr)

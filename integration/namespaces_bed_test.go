@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/contrib/apparmor"
@@ -170,8 +171,12 @@ func TestUserNamespaceForeignNetwork(t *testing.T) {
 	if out, code := command("ip", "-n", "foreign", "link", "add", "seen", "type", "dummy"); code != 0 {
 		t.Fatal(out)
 	}
-	b := start(t, remapped(options{args: sh("tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' ' | sort; test -d /sys/class/net && grep ' /sys ' /proc/self/mountinfo | cut -d' ' -f6; id -u; exec sleep 1000"),
+	b := start(t, remapped(options{args: sh("tail -n +3 /proc/net/dev | cut -d: -f1 | tr -d ' ' | sort; test -d /sys/class/net && grep ' /sys ' /proc/self/mountinfo | cut -d' ' -f6; id -u; touch /ready; exec sleep 1000"),
 		spec: []oci.SpecOpts{oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.NetworkNamespace, Path: "/run/netns/foreign"})}}))
+	eventually(t, time.Minute, "all is written", func() bool {
+		_, code, err := b.execIn([]string{"test", "-e", "/ready"}, nil)
+		return err == nil && code == 0
+	})
 	out, code, err := b.execIn(sh("grep -c seen /proc/net/dev; "+readlinks("user", "net")), nil)
 	if err != nil || code != 0 {
 		t.Errorf("exec: code %d, %v", code, err)

@@ -22,15 +22,16 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	"github.com/containerd-pve/containerd-pve/integration/pmxcfs"
+	"github.com/containerd-pve/containerd-pve/lxc/pve"
 )
 
 // In these tests the machine is a node of Proxmox, as far as its cluster filesystem goes (package pmxcfs). What Proxmox's own
 // tools make of it is in docs/proxmox.md.
 
-const (
-	volumes = "tank/data" // the storage's dataset
-	lxcPath = "/var/lib/lxc"
-)
+const lxcPath = "/var/lib/lxc"
+
+// volumes is the storage's dataset.
+func volumes() string { return pool() + "/data" }
 
 // restartDaemon has the daemon look at the machine again.
 func restartDaemon(t *testing.T) {
@@ -62,33 +63,58 @@ func served(t *testing.T) {
 	}
 }
 
+// pveNode is the machine as a node of Proxmox.
+type pveNode struct {
+	*pmxcfs.Cluster
+	unmount func() error // nil while the cluster's filesystem is down
+}
+
+func (n *pveNode) up(t *testing.T, name string) {
+	t.Helper()
+	unmount, err := n.Mount(name, "/etc/pve")
+	must(t, err)
+	n.unmount = unmount
+}
+
+func (n *pveNode) down(t *testing.T) {
+	t.Helper()
+	if n.unmount == nil {
+		return
+	}
+	eventually(t, time.Minute, "nobody has a file of /etc/pve open", func() bool { return n.unmount() == nil })
+	n.unmount = nil
+}
+
 // proxmox makes the machine a node of Proxmox until the test ends.
-func proxmox(t *testing.T) *pmxcfs.Cluster {
+func proxmox(t *testing.T) *pveNode {
 	t.Helper()
 	self, err := os.Hostname()
 	must(t, err)
-	must(t, os.MkdirAll("/etc/pve", 0o755))
-	must(t, os.MkdirAll(lxcPath, 0o755))
-	c := pmxcfs.New([]string{self, "other"})
-	unmount, err := c.Mount(self, "/etc/pve")
+	for _, dir := range []string{"/etc/pve", lxcPath, filepath.Dir(pve.Database)} {
+		must(t, os.MkdirAll(dir, 0o755))
+	}
+	// A real node's is not to be touched: with TESTBED=host another directory is there.
+	db, err := os.OpenFile(pve.Database, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	must(t, err)
-	if out, code := command("zfs", "create", "-p", "-o", "mountpoint=/tank/data", volumes); code != 0 {
+	must(t, db.Close())
+	n := &pveNode{Cluster: pmxcfs.New([]string{self, "other"})}
+	n.up(t, self)
+	if out, code := command("zfs", "create", "-p", volumes()); code != 0 {
 		t.Fatal(out)
 	}
-	must(t, os.WriteFile("/etc/pve/storage.cfg", []byte("dir: local\n\tpath /var/lib/vz\n\tcontent iso\n\nzfspool: local-zfs\n\tpool "+volumes+"\n\tcontent rootdir,images\n"), 0o640))
+	must(t, os.WriteFile("/etc/pve/storage.cfg", []byte("dir: local\n\tpath /var/lib/vz\n\tcontent iso\n\nzfspool: local-zfs\n\tpool "+volumes()+"\n\tcontent rootdir,images\n"), 0o640))
 	t.Cleanup(func() {
 		collect(t)
-		if out, code := command("zfs", "list", "-H", "-o", "name", "-r", volumes); code != 0 || out != volumes+"\n" {
+		if out, code := command("zfs", "list", "-H", "-o", "name", "-r", volumes()); code != 0 || out != volumes()+"\n" {
 			t.Errorf("volumes are left: %s", out)
 		}
-		if err := unmount(); err != nil {
-			t.Error(err)
-		}
+		n.down(t)
+		must(t, os.Remove(pve.Database))
 		restartDaemon(t)
-		command("zfs", "destroy", volumes)
+		command("zfs", "destroy", volumes())
 	})
 	restartDaemon(t)
-	return c
+	return n
 }
 
 func confOf(t *testing.T, vmid int) string {
@@ -135,9 +161,10 @@ func TestProxmoxLife(t *testing.T) {
 			t.Errorf("%s: %s", file, out)
 		}
 	}
-	const volume = volumes + "/subvol-100-disk-0"
+	volume := volumes() + "/subvol-100-disk-0"
 	out, code := command("zfs", "get", "-Hp", "-o", "value", "refquota,mountpoint", volume)
-	if f := strings.Fields(out); code != 0 || len(f) != 2 || f[0] == "0" || f[1] != "/tank/data/subvol-100-disk-0" {
+	parent, _ := command("zfs", "get", "-H", "-o", "value", "mountpoint", volumes())
+	if f := strings.Fields(out); code != 0 || len(f) != 2 || f[0] == "0" || f[1] != strings.TrimSpace(parent)+"/subvol-100-disk-0" {
 		t.Errorf("the volume: %s", out)
 	}
 	if out, _, err := b.execIn(sh("findmnt -no SOURCE / || grep ' / ' /proc/mounts; echo kept >/kept"), nil); err != nil || !strings.Contains(out, volume) {
@@ -153,7 +180,7 @@ func TestProxmoxLife(t *testing.T) {
 	}
 
 	list, _ = command("containerd-pve", "check") // it may lack what is none of Proxmox's
-	for _, want := range []string{`ok +proxmox +node `, `ok +quorum `, `ok +storage +local-zfs, tank/data`, `ok +vmids +100 to 999999, 1 of them taken`, `ok +memory `, `ok +subids `, `ok +register `} {
+	for _, want := range []string{`ok +proxmox +node `, `ok +quorum `, `ok +storage +local-zfs, ` + volumes(), `ok +vmids +100 to 999999, 1 of them taken`, `ok +memory `, `ok +subids `, `ok +register `} {
 		if !regexp.MustCompile(`(?m)^` + want).MatchString(list) {
 			t.Errorf("check lacks %s:\n%s", want, list)
 		}
@@ -202,7 +229,7 @@ func TestProxmoxLife(t *testing.T) {
 		t.Error("the conf went with the task")
 	}
 	// What its conf has LXC run before a start by the GUI.
-	if out, code := command("env", "LXC_NAME=100", "containerd-pve", "guard", "default", "web_1", "100", "lxc", "pre-start"); code == 0 || !strings.Contains(out, "start web_1") {
+	if out, code := command("env", "LXC_NAME=100", "containerd-pve", "guard", "default", "web_1", "100", "100", "lxc", "pre-start"); code == 0 || !strings.Contains(out, "start web_1") {
 		t.Errorf("the guard: %d, %s", code, out)
 	}
 
@@ -306,7 +333,7 @@ func TestProxmoxLeftBehind(t *testing.T) {
 	served(t)
 	eventually(t, time.Minute, "the volume is gone", func() bool {
 		collect(t)
-		_, code := command("zfs", "list", volumes+"/subvol-100-disk-0")
+		_, code := command("zfs", "list", volumes()+"/subvol-100-disk-0")
 		return code != 0
 	})
 }

@@ -524,7 +524,7 @@ func same(t *testing.T, before map[string]int) {
 			return
 		}
 		if time.Now().After(end) {
-			datasets, _ := command("zfs", "list", "-H", "-t", "all", "-o", "name,creation")
+			datasets, _ := command("zfs", "list", "-H", "-t", "all", "-o", "name,creation", "-r", pool())
 			t.Errorf("left behind: %s; datasets:\n%s", strings.Join(differ, "; "), datasets)
 			return
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 
 	"github.com/containerd/errdefs"
 )
@@ -71,6 +72,8 @@ func readState(bundle string) (*state, error) {
 	return &s, nil
 }
 
+var vmid = regexp.MustCompile(`^[1-9][0-9]{2,8}$`)
+
 // check refuses a state that no Create has written: an empty cgroup, say, would
 // have erase work on the root of all cgroups.
 func (s *state) check() error {
@@ -78,7 +81,8 @@ func (s *state) check() error {
 	if err != nil {
 		return err
 	}
-	if s.Name != name || !filepath.IsAbs(s.LXCPath) || !filepath.IsAbs(s.Cgroup) || filepath.Clean(s.Cgroup) != s.Cgroup || s.Cgroup == "/" {
+	// Proxmox has another name for it, which is a number.
+	if s.Name != name && !vmid.MatchString(s.Name) || !filepath.IsAbs(s.LXCPath) || !filepath.IsAbs(s.Cgroup) || filepath.Clean(s.Cgroup) != s.Cgroup || s.Cgroup == "/" {
 		return fmt.Errorf("not a container's state: %w", errdefs.ErrFailedPrecondition)
 	}
 	return nil

@@ -23,12 +23,16 @@ var thisProxmox = proxmoxHost{"/sys/fs/cgroup", "/var/lib/dpkg/status", "/etc/su
 
 // check says of a node of Proxmox what its containers need; nothing on any other host.
 func (h proxmoxHost) check(ctx context.Context, conf config) []finding {
-	node, self, err := thisNode(conf)
+	node, err := thisNode(conf)
+	if node == nil && err == nil {
+		return nil
+	}
+	self := ""
+	if err == nil {
+		self, err = node.Name()
+	}
 	if err != nil {
 		return []finding{result("proxmox", "", err)}
-	}
-	if node == nil {
-		return nil
 	}
 	detail := "node " + self
 	if v := h.version("pve-container"); v != "" {
@@ -83,7 +87,7 @@ func registryAnswers(ctx context.Context, address string) finding {
 	var d net.Dialer
 	c, err := d.DialContext(ctx, "unix", address)
 	if err != nil {
-		return result("register", "", fmt.Errorf("nobody answers on %s: run `systemctl restart containerd-pve`, which looks for Proxmox when it starts", address))
+		return result("register", "", fmt.Errorf("nobody answers on %s: run `systemctl restart containerd-pve`, which looks whether this is a node of Proxmox when it starts", address))
 	}
 	return result("register", "answers on "+address, c.Close())
 }

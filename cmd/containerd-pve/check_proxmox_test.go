@@ -30,9 +30,13 @@ func TestCheckProxmox(t *testing.T) {
 		packages: put("status", "Package: other\nStatus: install ok installed\nVersion: 1\n\nPackage: pve-container\nStatus: install ok installed\nVersion: 6.1.10\n"),
 		subUID:   put("subuid", "root:100000:65536\n"), subGID: put("subgid", "root:100000:65536\n"),
 	}
-	conf := config{Dataset: "tank/c", ProxmoxRoot: root, Registry: filepath.Join(dir, "socket")}
+	conf := config{Dataset: "tank/c", ProxmoxRoot: root, ProxmoxDatabase: filepath.Join(dir, "config.db"), Registry: filepath.Join(dir, "socket")}
 	if list := h.check(ctx, conf); list != nil {
 		t.Errorf("another host: %v", list)
+	}
+	put("config.db", "")
+	if list := h.check(ctx, conf); len(list) != 1 || list[0].OK || !strings.Contains(list[0].Detail, "systemctl status pve-cluster") {
+		t.Errorf("the cluster's filesystem is down: %v", list)
 	}
 	put("pve/.vmlist", `{"ids": {"100": {}, "5000": {}}}`)
 	put("pve/storage.cfg", "zfspool: fast\n\tpool tank/data\n\tcontent rootdir\n")

@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/pelletier/go-toml/v2"
 
+	"github.com/containerd-pve/containerd-pve/lxc/pve"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
@@ -40,6 +41,8 @@ type config struct {
 	LogFormat string `toml:"log_format"`
 	// ProxmoxRoot is where the cluster's filesystem of Proxmox is.
 	ProxmoxRoot string `toml:"proxmox_root"`
+	// ProxmoxDatabase is where that keeps its files: a host that has it is a node of Proxmox.
+	ProxmoxDatabase string `toml:"proxmox_database"`
 	// Registry is the unix socket for shims on a node of Proxmox.
 	Registry string `toml:"registry_address"`
 	// VMIDRange is where VMIDs are taken from, FIRST-LAST; next-id of datacenter.cfg if empty.
@@ -80,7 +83,7 @@ func parseConfig(data []byte) (config, error) {
 		for _, e := range strict.Errors {
 			keys = append(keys, strings.Join(e.Key(), "."))
 		}
-		return c, fmt.Errorf("unknown key %s (known: dataset, root, address, containerd_address, zfs, log_level, log_format, metrics_address, proxmox_root, registry_address, vmid_range, storage): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+		return c, fmt.Errorf("unknown key %s (known: dataset, root, address, containerd_address, zfs, log_level, log_format, metrics_address, proxmox_root, proxmox_database, registry_address, vmid_range, storage): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 	}
 	if err != nil {
 		return c, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
@@ -102,6 +105,9 @@ func (c *config) complete() error {
 	if c.ProxmoxRoot == "" {
 		c.ProxmoxRoot = "/etc/pve"
 	}
+	if c.ProxmoxDatabase == "" {
+		c.ProxmoxDatabase = pve.Database
+	}
 	if c.Registry == "" {
 		c.Registry = defaultRegistry
 	}
@@ -120,7 +126,7 @@ func (c *config) complete() error {
 	if strings.ContainsAny(c.Dataset, "@# \t\n") || strings.HasPrefix(c.Dataset, "/") || strings.HasPrefix(c.Dataset, "-") || strings.HasSuffix(c.Dataset, "/") {
 		return fmt.Errorf("dataset %q is not the name of a filesystem as in `zfs list`: %w", c.Dataset, errdefs.ErrInvalidArgument)
 	}
-	for name, path := range map[string]string{"root": c.Root, "address": c.Address, "containerd_address": c.Containerd, "proxmox_root": c.ProxmoxRoot, "registry_address": c.Registry} {
+	for name, path := range map[string]string{"root": c.Root, "address": c.Address, "containerd_address": c.Containerd, "proxmox_root": c.ProxmoxRoot, "proxmox_database": c.ProxmoxDatabase, "registry_address": c.Registry} {
 		if !filepath.IsAbs(path) {
 			return fmt.Errorf("%s %q is not an absolute path: %w", name, path, errdefs.ErrInvalidArgument)
 		}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -43,7 +42,6 @@ type proxmox struct {
 type disks struct {
 	conf  config
 	node  *pve.Node
-	self  string
 	zfs   zfs.Way
 	store snapshotter.Store
 }
@@ -53,16 +51,22 @@ func (d *disks) Ours(dataset string) bool { return d.store.Owns(dataset) }
 // Volume gives the disk the size of what is free: Proxmox takes one without a
 // limit for one of 0 bytes, and none was asked for.
 func (d *disks) Volume(ctx context.Context, vmid int, dataset string) (registry.Volume, error) {
-	s, err := d.node.Storage(d.self, d.conf.Storage, d.conf.Dataset)
+	self, err := d.node.Name()
+	if err != nil {
+		return registry.Volume{}, err
+	}
+	s, err := d.node.Storage(self, d.conf.Storage, d.conf.Dataset)
 	if err != nil {
 		return registry.Volume{}, err
 	}
 	name := fmt.Sprintf("subvol-%d-disk-0", vmid)
 	target := path.Join(s.Pool, name)
 	if target != dataset {
-		if _, err := d.zfs.Space(ctx, target); err == nil {
-			return registry.Volume{}, fmt.Errorf("volume %s: %w", target, os.ErrExist)
-		} else if !errdefs.IsNotFound(err) {
+		there, err := d.Exists(ctx, target)
+		if err == nil && there {
+			err = fmt.Errorf("volume %s: %w", target, os.ErrExist)
+		}
+		if err != nil {
 			return registry.Volume{}, err
 		}
 	}
@@ -78,9 +82,49 @@ func (d *disks) Move(ctx context.Context, dataset string, to registry.Volume) er
 	return d.store.Place(ctx, dataset, to.Dataset, zfs.Properties{"refquota": strconv.FormatInt(to.Size, 10), "acltype": "posix", "xattr": "sa"})
 }
 
+func (d *disks) Exists(ctx context.Context, dataset string) (bool, error) {
+	_, err := d.zfs.Space(ctx, dataset)
+	if errdefs.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func (d *disks) DatasetOf(volume string) (string, error) {
+	storage, name, ok := strings.Cut(volume, ":")
+	self, err := d.node.Name()
+	if err != nil || !ok {
+		return "", err
+	}
+	all, err := d.node.Storages(self)
+	for _, s := range all {
+		if s.Name == storage {
+			return path.Join(s.Pool, name), nil
+		}
+	}
+	return "", err
+}
+
+func (d *disks) Drop(ctx context.Context, dataset string, snapshots []string) error {
+	if len(snapshots) == 0 {
+		return nil
+	}
+	var names []string
+	for _, s := range snapshots {
+		names = append(names, dataset+"@"+s)
+	}
+	failed, err := d.zfs.DestroyAll(ctx, names)
+	for name, f := range failed {
+		if !errdefs.IsNotFound(f) {
+			err = errors.Join(err, fmt.Errorf("destroying %s: %w", name, f))
+		}
+	}
+	return err
+}
+
 // newProxmox is this node's registry; nil if this is no node of Proxmox.
 func newProxmox(conf config, z zfs.Way, s snapshotter.Store, conn *grpc.ClientConn) (*proxmox, error) {
-	node, self, err := thisNode(conf)
+	node, err := thisNode(conf)
 	if node == nil || err != nil {
 		return nil, err
 	}
@@ -92,7 +136,8 @@ func newProxmox(conf config, z zfs.Way, s snapshotter.Store, conn *grpc.ClientCo
 	if err != nil {
 		return nil, err
 	}
-	d := &disks{conf: conf, node: node, self: self, zfs: z, store: s}
+	host.IDMap = pve.KnowsIDMap(thisProxmox.version("pve-container"))
+	d := &disks{conf: conf, node: node, zfs: z, store: s}
 	r, err := registry.New(node, recordsOf(conf), program, host, d)
 	if err != nil {
 		return nil, err
@@ -102,26 +147,26 @@ func newProxmox(conf config, z zfs.Way, s snapshotter.Store, conn *grpc.ClientCo
 	return p, nil
 }
 
-// thisNode is this node of Proxmox and its name; nil if it is none.
-func thisNode(conf config) (*pve.Node, string, error) {
-	if !pve.Found(conf.ProxmoxRoot) {
-		return nil, "", nil
+// thisNode is this node of Proxmox; nil if it is none. Its cluster filesystem may be down.
+func thisNode(conf config) (*pve.Node, error) {
+	if !pve.Installed(conf.ProxmoxDatabase) {
+		return nil, nil
 	}
 	vmids, err := parseVMIDs(conf.VMIDRange)
 	if err != nil {
-		return nil, "", err
+		return nil, err
 	}
-	self, err := os.Readlink(filepath.Join(conf.ProxmoxRoot, "local"))
-	if err != nil {
-		return nil, "", fmt.Errorf("the name of this node: %w", err)
-	}
-	return &pve.Node{Root: conf.ProxmoxRoot, Locks: "/run/lock/lxc", Range: vmids}, path.Base(self), nil
+	return &pve.Node{Root: conf.ProxmoxRoot, Locks: "/run/lock/lxc", Range: vmids}, nil
 }
 
 // containerStorages are the datasets below which containers' disks may be.
 func containerStorages(conf config) ([]string, error) {
-	node, self, err := thisNode(conf)
+	node, err := thisNode(conf)
 	if node == nil || err != nil {
+		return nil, err
+	}
+	self, err := node.Name()
+	if err != nil {
 		return nil, err
 	}
 	storages, err := node.Storages(self)
@@ -151,8 +196,13 @@ func parseVMIDs(text string) (pve.Range, error) {
 	return pve.Range{Lower: first, Upper: last + 1}, nil
 }
 
-// describe adds what containerd knows of a container.
+// describe adds what containerd knows of a container, of which the conf is about
+// to be made: Proxmox reads its memory from its cgroup, and lists no container at all where that
+// says nothing.
 func (p *proxmox) describe(ctx context.Context, c *pve.Container) error {
+	if f := thisProxmox.memory(); !f.OK {
+		return fmt.Errorf("%s: %w", f.Detail, errdefs.ErrFailedPrecondition)
+	}
 	ctx = namespaces.WithNamespace(ctx, c.Namespace)
 	a, err := containersapi.NewContainersClient(p.conn).Get(ctx, &containersapi.GetContainerRequest{ID: c.ID})
 	if err != nil {
@@ -197,8 +247,13 @@ func (p *proxmox) serve(ctx context.Context, address string) error {
 	return nil
 }
 
-// followPause is how long it takes to ask containerd again that did not answer.
-const followPause = 5 * time.Second
+const (
+	// followPause is how long it takes to ask containerd again that did not answer.
+	followPause = 5 * time.Second
+	// sweepPause is how long it takes to try again what could not be done, and to see
+	// what somebody did behind our back.
+	sweepPause = time.Minute
+)
 
 // follow gives the VMIDs of removed containers back.
 func (p *proxmox) follow(ctx context.Context) {
@@ -221,46 +276,54 @@ func (p *proxmox) followOnce(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	removed := make(chan [2]string)
+	failed := make(chan error, 1)
+	go func() {
+		for {
+			e, err := stream.Recv()
+			if err != nil {
+				failed <- err
+				return
+			}
+			var gone eventsapi.ContainerDelete
+			if err := typeurl.UnmarshalTo(e.Event, &gone); err != nil {
+				log.G(ctx).WithError(err).Warn("an event of containerd's")
+				continue
+			}
+			select {
+			case removed <- [2]string{e.Namespace, gone.ID}:
+			case <-ctx.Done():
+				return
+			}
+		}
+	}()
 	// containerd answers nothing before the first event: what is removed before it
 	// listens is found by a look after it does, which a call that it answered proves.
-	if err := p.sweep(ctx); err != nil {
-		return err
-	}
+	look := time.NewTimer(0)
+	defer look.Stop()
 	for {
-		e, err := stream.Recv()
-		if err != nil {
+		select {
+		case err := <-failed:
 			return err
+		case <-look.C:
+			if err := p.registry.Sweep(ctx, p.exists); err != nil {
+				log.G(ctx).WithError(err).Warn("the containers of this node of Proxmox are looked at again later")
+			}
+			look.Reset(sweepPause)
+		case c := <-removed:
+			if err := p.registry.Remove(ctx, c[0], c[1]); err != nil {
+				log.G(ctx).WithError(err).WithField("namespace", c[0]).WithField("container", c[1]).Warn("its VMID is not given back yet; tried again later")
+			}
 		}
-		var gone eventsapi.ContainerDelete
-		if err := typeurl.UnmarshalTo(e.Event, &gone); err != nil {
-			log.G(ctx).WithError(err).Warn("an event of containerd's")
-			continue
-		}
-		p.remove(ctx, e.Namespace, gone.ID)
 	}
 }
 
-// sweep removes what has no container any more.
-func (p *proxmox) sweep(ctx context.Context) error {
-	all, err := p.registry.List()
-	if err != nil {
-		return err
+// exists asks containerd for a container.
+func (p *proxmox) exists(ctx context.Context, namespace, id string) (bool, error) {
+	_, err := containersapi.NewContainersClient(p.conn).Get(namespaces.WithNamespace(ctx, namespace), &containersapi.GetContainerRequest{ID: id})
+	err = errgrpc.ToNative(err)
+	if errdefs.IsNotFound(err) {
+		return false, nil
 	}
-	for _, rec := range all {
-		_, err := containersapi.NewContainersClient(p.conn).Get(namespaces.WithNamespace(ctx, rec.Namespace), &containersapi.GetContainerRequest{ID: rec.ID})
-		err = errgrpc.ToNative(err)
-		if errdefs.IsNotFound(err) {
-			p.remove(ctx, rec.Namespace, rec.ID)
-		} else if err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// remove leaves what it could not do to the next sweep.
-func (p *proxmox) remove(ctx context.Context, namespace, id string) {
-	if err := p.registry.Remove(ctx, namespace, id); err != nil {
-		log.G(ctx).WithError(err).WithField("namespace", namespace).WithField("container", id).Warn("its VMID is not given back yet; tried again later")
-	}
+	return err == nil, err
 }

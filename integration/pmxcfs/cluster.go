@@ -6,8 +6,10 @@ package pmxcfs
 
 import (
 	"encoding/json"
+	"fmt"
 	"path"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -25,28 +27,53 @@ type entry struct {
 	dir  bool
 	data []byte
 	time time.Time
+	// fresh is a file that was made and not written yet.
+	fresh bool
 }
 
 // Cluster is what all nodes see.
 type Cluster struct {
 	mu      sync.Mutex
 	entries map[string]*entry // by path, without a slash before it
+	nodes   []string
 	quorate bool
 	version int
+	writes  int
 	total   int
+	stall   sync.RWMutex
 }
 
 // New is a cluster of nodes, without guests.
 func New(nodes []string) *Cluster {
 	c := &Cluster{entries: map[string]*entry{"": {dir: true}}, quorate: true}
-	dirs := []string{"nodes", "priv", "priv/lock", "firewall", "ha", "mapping", "sdn", "virtual-guest"}
-	for _, n := range nodes {
-		dirs = append(dirs, "nodes/"+n, "nodes/"+n+"/lxc", "nodes/"+n+"/qemu-server", "nodes/"+n+"/priv")
-	}
-	for _, d := range dirs {
+	for _, d := range []string{"nodes", "priv", "priv/lock", "firewall", "ha", "mapping", "sdn", "virtual-guest"} {
 		c.entries[d] = &entry{dir: true, time: time.Now()}
 	}
+	for _, n := range nodes {
+		c.join(n)
+	}
 	return c
+}
+
+// join makes what a node makes when it starts.
+func (c *Cluster) join(node string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !slices.Contains(c.nodes, node) {
+		c.nodes = append(c.nodes, node)
+	}
+	for _, d := range []string{"", "/lxc", "/qemu-server", "/priv"} {
+		if p := "nodes/" + node + d; c.entries[p] == nil {
+			c.entries[p] = &entry{dir: true, time: time.Now()}
+		}
+	}
+}
+
+// Leave takes a node out of the cluster; its directory stays, as in a real one.
+func (c *Cluster) Leave(node string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.nodes = slices.DeleteFunc(c.nodes, func(n string) bool { return n == node })
 }
 
 // guestConf is the path of a guest's conf (cfs-utils.c, path_contain_vm_config).
@@ -82,9 +109,13 @@ func (c *Cluster) taken(p string) bool {
 func (c *Cluster) changed(e *entry) {
 	c.version++
 	e.time = time.Now()
+	if !e.fresh {
+		c.writes++
+	}
 }
 
 func (c *Cluster) lookup(p string) (entry, bool) {
+	c.waited()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e, there := c.entries[p]
@@ -96,6 +127,7 @@ func (c *Cluster) lookup(p string) (entry, bool) {
 
 // list are the names in a directory.
 func (c *Cluster) list(p string) map[string]entry {
+	c.waited()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	names := map[string]entry{}
@@ -123,6 +155,7 @@ func (c *Cluster) parent(p string) syscall.Errno {
 }
 
 func (c *Cluster) create(p string) syscall.Errno {
+	c.waited()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if errno := c.parent(p); errno != 0 {
@@ -133,10 +166,12 @@ func (c *Cluster) create(p string) syscall.Errno {
 	}
 	c.entries[p] = &entry{}
 	c.changed(c.entries[p])
+	c.entries[p].fresh = true
 	return 0
 }
 
 func (c *Cluster) mkdir(p string) syscall.Errno {
+	c.waited()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if errno := c.parent(p); errno != 0 {
@@ -152,6 +187,7 @@ func (c *Cluster) mkdir(p string) syscall.Errno {
 
 // write puts data at an offset, or sets the size if data is nil.
 func (c *Cluster) write(p string, data []byte, offset int) syscall.Errno {
+	c.waited()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e := c.entries[p]
@@ -181,10 +217,12 @@ func (c *Cluster) write(p string, data []byte, offset int) syscall.Errno {
 	e.data = content
 	c.total += size - before
 	c.changed(e)
+	e.fresh = false
 	return 0
 }
 
 func (c *Cluster) remove(p string, dir bool) syscall.Errno {
+	c.waited()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e := c.entries[p]
@@ -203,6 +241,7 @@ func (c *Cluster) remove(p string, dir bool) syscall.Errno {
 	delete(c.entries, p)
 	c.total -= len(e.data)
 	c.version++
+	c.writes++
 	return 0
 }
 
@@ -217,6 +256,7 @@ func (c *Cluster) inside(p string) bool {
 
 // rename replaces a file that is there, and moves directories only if they are empty.
 func (c *Cluster) rename(from, to string) syscall.Errno {
+	c.waited()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e := c.entries[from]
@@ -251,6 +291,7 @@ func (c *Cluster) rename(from, to string) syscall.Errno {
 
 // vmlist is the file .vmlist.
 func (c *Cluster) vmlist() []byte {
+	c.waited()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	type guest struct {
@@ -284,6 +325,59 @@ func (c *Cluster) hasQuorum() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.quorate
+}
+
+// members is the file .members, as node self has it.
+func (c *Cluster) members(self string) []byte {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	type member struct {
+		ID     int    `json:"id"`
+		Online int    `json:"online"`
+		IP     string `json:"ip"`
+	}
+	list := struct {
+		Name    string `json:"nodename"`
+		Version int    `json:"version"`
+		Cluster struct {
+			Name    string `json:"name"`
+			Nodes   int    `json:"nodes"`
+			Quorate int    `json:"quorate"`
+		} `json:"cluster"`
+		Nodes map[string]member `json:"nodelist"`
+	}{Name: self, Version: c.version, Nodes: map[string]member{}}
+	list.Cluster.Name, list.Cluster.Nodes = "test", len(c.nodes)
+	if c.quorate {
+		list.Cluster.Quorate = 1
+	}
+	for i, n := range c.nodes {
+		list.Nodes[n] = member{i + 1, 1, fmt.Sprintf("10.0.0.%d", i+1)}
+	}
+	text, err := json.MarshalIndent(list, "", " ")
+	if err != nil {
+		return nil // there is nothing in it that JSON has not
+	}
+	return append(text, '\n')
+}
+
+// Writes is how often something was written, made, renamed or removed: each is a
+// commit on every node. What goes on from a file's creation to its first write counts as one.
+func (c *Cluster) Writes() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.writes
+}
+
+// Stall has every call wait until resume is called, as a cluster does that is stuck.
+func (c *Cluster) Stall() (resume func()) {
+	c.stall.Lock()
+	return c.stall.Unlock
+}
+
+// waited is where a call waits while the cluster is stuck.
+func (c *Cluster) waited() {
+	c.stall.RLock()
+	c.stall.RUnlock() //nolint:staticcheck // nothing is guarded: it is a gate
 }
 
 // versions is the file .version.

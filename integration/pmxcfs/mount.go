@@ -51,6 +51,7 @@ var (
 
 // Mount shows the cluster as node self sees it at dir, until unmount is called.
 func (c *Cluster) Mount(self, dir string) (unmount func() error, err error) {
+	c.join(self)
 	s, err := fs.Mount(dir, &node{cluster: c, view: &view{self: self, made: map[string][]byte{}}}, &fs.Options{
 		// The other nodes change it too: nothing is remembered.
 		MountOptions: fuse.MountOptions{AllowOther: true, FsName: "/dev/fuse", Name: "fuse", DirectMountStrict: true, Options: []string{"default_permissions"}},
@@ -80,7 +81,7 @@ func (n *node) link(p string) (target string, ok bool) {
 	return "", false
 }
 
-func isMade(p string) bool { return p == ".vmlist" || p == ".version" }
+func isMade(p string) bool { return p == ".vmlist" || p == ".version" || p == ".members" }
 
 // make makes such a file anew. The real one does so whenever a size is asked for,
 // and reads from what was made last: somebody who reads it in parts may get
@@ -88,9 +89,12 @@ func isMade(p string) bool { return p == ".vmlist" || p == ".version" }
 func (n *node) make(p string) int {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if p == ".vmlist" {
+	switch p {
+	case ".vmlist":
 		n.made[p] = n.cluster.vmlist()
-	} else {
+	case ".members":
+		n.made[p] = n.cluster.members(n.self)
+	default:
 		n.made[p] = n.cluster.versions()
 	}
 	return len(n.made[p])
@@ -202,7 +206,7 @@ func (n *node) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
 		for _, name := range []string{"local", "lxc", "qemu-server"} {
 			list = append(list, fuse.DirEntry{Name: name, Mode: syscall.S_IFLNK})
 		}
-		for _, name := range []string{".vmlist", ".version"} {
+		for _, name := range []string{".vmlist", ".version", ".members"} {
 			list = append(list, fuse.DirEntry{Name: name, Mode: syscall.S_IFREG})
 		}
 	}

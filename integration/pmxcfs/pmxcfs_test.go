@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -109,7 +110,7 @@ func TestRefuses(t *testing.T) {
 // TestNode: two nodes' processes register, change and remove at once, and no
 // number is given twice.
 func TestNode(t *testing.T) {
-	_, a, b := mounted(t)
+	c, a, b := mounted(t)
 	ctx := context.Background()
 	locks := map[string]string{a: t.TempDir(), b: t.TempDir()}
 	var mu sync.Mutex
@@ -137,6 +138,44 @@ func TestNode(t *testing.T) {
 	if distinct := slices.Compact(slices.Clone(got)); len(distinct) != 100 {
 		t.Errorf("%d numbers for 100: %v", len(distinct), got)
 	}
+	// A node that was renamed finds what is below its old name.
+	renamed := t.TempDir()
+	unmount, err := c.Mount("renamed", renamed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := unmount(); err != nil {
+			t.Error(err)
+		}
+	}()
+	c.Leave("b")
+	n := &pve.Node{Root: renamed, Locks: locks[b]}
+	if self, err := n.Name(); err != nil || self != "renamed" {
+		t.Errorf("its name is %q, %v", self, err)
+	}
+	for name, member := range map[string]bool{"a": true, "b": false, "renamed": true} {
+		if got, err := n.IsMember(name); err != nil || got != member {
+			t.Errorf("%s is a member: %v, %v", name, got, err)
+		}
+	}
+	moved, err := os.ReadDir(filepath.Join(b, "lxc"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range moved {
+		vmid, err := strconv.Atoi(strings.TrimSuffix(e.Name(), ".conf"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if at, err := n.Where(vmid); err != nil || at != "b" {
+			t.Errorf("VMID %d is at %q, %v", vmid, at, err)
+		}
+		if err := n.Fetch(ctx, vmid, "b"); err != nil {
+			t.Error(err)
+		}
+	}
+	locks[renamed] = locks[b]
 	total := 0
 	for root, dir := range locks {
 		n := &pve.Node{Root: root, Locks: dir}
@@ -153,7 +192,7 @@ func TestNode(t *testing.T) {
 			if v, _ := conf.Get("memory"); v != "64" {
 				t.Errorf("VMID %d: %s", vmid, conf.Bytes())
 			}
-			if err := n.Remove(ctx, vmid, func(*pve.Conf) bool { return true }); err != nil {
+			if err := n.Remove(ctx, vmid, func(*pve.Conf) bool { return true }, func(*pve.Conf) error { return nil }); err != nil {
 				t.Error(err)
 			}
 		}

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/mod/semver"
 	"golang.org/x/sys/unix"
 )
 
@@ -54,6 +55,18 @@ const Tag = "containerd"
 // for memory and swap of a conf that says nothing.
 type Host struct {
 	Memory, Swap int64 // bytes
+	// IDMap says whether Proxmox knows the option idmap of a volume, see KnowsIDMap.
+	IDMap bool
+}
+
+// KnowsIDMap says whether pve-container of that version maps the ids of a volume
+// when it mounts it: since 6.1.6 (its debian/changelog). Older ones take no conf with the option.
+func KnowsIDMap(version string) bool {
+	end := strings.IndexFunc(version, func(r rune) bool { return r != '.' && (r < '0' || r > '9') })
+	if end < 0 {
+		end = len(version)
+	}
+	return semver.Compare("v"+version[:end], "v6.1.6") >= 0
 }
 
 // ReadHost asks the kernel.
@@ -78,12 +91,17 @@ func (c *Container) Conf(host Host) (*Conf, error) {
 	if !ok {
 		return nil, fmt.Errorf("conf: Proxmox knows no architecture %q: %w", c.Arch, errdefs.ErrInvalidArgument)
 	}
+	rootfs := c.Rootfs
+	if c.Unprivileged && host.IDMap && !strings.HasPrefix(rootfs, "/") {
+		// Its files are root's on the disk, as the image's layers have them.
+		rootfs += ",idmap=passthrough"
+	}
 	hostname := c.Hostname
 	if check("hostname", hostname) != nil {
 		hostname = HostnameOf(c.ID)
 	}
 	for _, p := range [][2]string{
-		{"arch", arch}, {"cmode", "shell"}, {"hostname", hostname}, {"ostype", "unmanaged"}, {"rootfs", c.Rootfs},
+		{"arch", arch}, {"cmode", "shell"}, {"hostname", hostname}, {"ostype", "unmanaged"}, {"rootfs", rootfs},
 		{"tags", strings.Join(c.tags(), ";")}, {"unprivileged", map[bool]string{false: "0", true: "1"}[c.Unprivileged]},
 	} {
 		if err := conf.Set(p[0], p[1]); err != nil {

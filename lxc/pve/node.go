@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -39,11 +40,42 @@ type Node struct {
 	Range Range
 }
 
-// Found says whether root is the cluster's filesystem.
-func Found(root string) bool {
-	// Its version is no file of any directory that somebody made by that name.
-	_, err := os.Stat(filepath.Join(root, ".vmlist"))
+// Database is where the cluster's filesystem keeps its files on a node's disk.
+const Database = "/var/lib/pve-cluster/config.db"
+
+// Installed says whether a host is a node of Proxmox: it has the database, also
+// while the cluster's filesystem is down. Nothing of that is asked, so nobody waits for it.
+func Installed(database string) bool {
+	_, err := os.Stat(database)
 	return err == nil
+}
+
+// Name is this node's. Errors: Unavailable.
+func (n *Node) Name() (string, error) {
+	if err := n.ready(); err != nil {
+		return "", err
+	}
+	target, err := os.Readlink(filepath.Join(n.Root, "local"))
+	if err != nil {
+		return "", n.failed("the name of this node", err)
+	}
+	return path.Base(target), nil
+}
+
+// ready: a directory that nothing is mounted on would have no guests.
+func (n *Node) ready() error {
+	_, err := os.Stat(filepath.Join(n.Root, ".vmlist"))
+	if errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("Proxmox's cluster filesystem is not at %s (`systemctl status pve-cluster`): %w: %w", n.Root, err, errdefs.ErrUnavailable)
+	}
+	if err != nil {
+		return n.failed("Proxmox's cluster filesystem", err)
+	}
+	return nil
+}
+
+func (n *Node) confAt(node string, vmid int) string {
+	return filepath.Join(n.Root, "nodes", node, "lxc", strconv.Itoa(vmid)+".conf")
 }
 
 func (n *Node) conf(vmid int) string {
@@ -99,37 +131,90 @@ func (n *Node) create(vmid int, of func(int) (*Conf, error)) error {
 	if err != nil {
 		return err
 	}
-	path := n.conf(vmid)
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o640)
+	name := n.conf(vmid)
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o640)
 	if err != nil {
 		return n.failure("registering", vmid, err)
 	}
 	// One write is one change of the cluster's: nobody reads half of it.
 	_, err = f.Write(conf.Bytes())
 	if err = errors.Join(err, f.Close()); err != nil {
-		return n.failure("registering", vmid, errors.Join(err, os.Remove(path)))
+		return n.failure("registering", vmid, errors.Join(err, os.Remove(name)))
 	}
 	return nil
 }
 
-// failure says what the cluster's filesystem means by its errors.
+// failure is of something done to a VMID. Errors: NotFound, Unavailable.
 func (n *Node) failure(doing string, vmid int, err error) error {
-	if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EROFS) {
-		return fmt.Errorf("%s VMID %d: %s cannot be written (has the cluster a quorum? `pvecm status`): %w: %w", doing, vmid, n.Root, err, errdefs.ErrUnavailable)
-	}
-	if errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("%s VMID %d: %w: %w", doing, vmid, err, errdefs.ErrNotFound)
-	}
-	return fmt.Errorf("%s VMID %d: %w", doing, vmid, err)
+	return n.failed(fmt.Sprintf("%s VMID %d", doing, vmid), err)
 }
 
-// Read is the conf of a guest of this node. Errors: NotFound.
-func (n *Node) Read(vmid int) (*Conf, error) {
-	text, err := os.ReadFile(n.conf(vmid))
+// failed says what the cluster's filesystem means by its errors.
+func (n *Node) failed(doing string, err error) error {
+	switch {
+	case errors.Is(err, unix.EACCES), errors.Is(err, unix.EROFS):
+		return fmt.Errorf("%s: %s cannot be written (has the cluster a quorum? `pvecm status`): %w: %w", doing, n.Root, err, errdefs.ErrUnavailable)
+	case errors.Is(err, unix.ENOTCONN), errors.Is(err, unix.ECONNABORTED), errors.Is(err, unix.EIO):
+		return fmt.Errorf("%s: %s does not answer (`systemctl status pve-cluster`): %w: %w", doing, n.Root, err, errdefs.ErrUnavailable)
+	case errors.Is(err, os.ErrNotExist):
+		// Without the filesystem nothing is there, which says nothing.
+		if down := n.ready(); down != nil {
+			return fmt.Errorf("%s: %w", doing, down)
+		}
+		return fmt.Errorf("%s: %w: %w", doing, err, errdefs.ErrNotFound)
+	}
+	return fmt.Errorf("%s: %w", doing, err)
+}
+
+// Read is the conf of a guest of this node. Errors: NotFound, Unavailable.
+func (n *Node) Read(vmid int) (*Conf, error) { return n.read(vmid, n.conf(vmid)) }
+
+// ReadAt is the conf of a container of the node of that name. Errors: NotFound, Unavailable.
+func (n *Node) ReadAt(node string, vmid int) (*Conf, error) {
+	return n.read(vmid, n.confAt(node, vmid))
+}
+
+func (n *Node) read(vmid int, name string) (*Conf, error) {
+	text, err := os.ReadFile(name)
 	if err != nil {
 		return nil, n.failure("reading the conf of", vmid, err)
 	}
 	return Parse(text), nil
+}
+
+// Where is the node that has a guest of that VMID; empty if none has.
+func (n *Node) Where(vmid int) (string, error) {
+	all, err := n.guests()
+	return all[vmid], err
+}
+
+// Fetch moves a container's conf here from another node's directory, as is done
+// when a node is renamed. Errors: NotFound, Unavailable.
+func (n *Node) Fetch(ctx context.Context, vmid int, from string) error {
+	return n.locked(ctx, vmid, func() error {
+		if err := os.Rename(n.confAt(from, vmid), n.conf(vmid)); err != nil {
+			return n.failure("moving the conf of", vmid, err)
+		}
+		return nil
+	})
+}
+
+// IsMember says whether the cluster has a node of that name. One without a
+// cluster has itself only.
+func (n *Node) IsMember(name string) (bool, error) {
+	text, err := n.made(".members")
+	if err != nil {
+		return false, err
+	}
+	var list struct {
+		Self  string              `json:"nodename"`
+		Nodes map[string]struct{} `json:"nodelist"`
+	}
+	if err := json.Unmarshal(text, &list); err != nil {
+		return false, fmt.Errorf("the cluster's members: %w", err)
+	}
+	_, there := list.Nodes[name]
+	return there || list.Self == name, nil
 }
 
 // Change changes a conf under the lock that Proxmox's tools take as well. Errors:
@@ -155,8 +240,9 @@ func (n *Node) Change(ctx context.Context, vmid int, change func(*Conf) error) e
 }
 
 // Remove gives a VMID back if mine says that its conf is ours; without a conf
-// there is nothing to do. Errors: FailedPrecondition, it is somebody else's.
-func (n *Node) Remove(ctx context.Context, vmid int, mine func(*Conf) bool) error {
+// there is nothing to do. before is called first. Errors: FailedPrecondition, it is somebody else's;
+// Unavailable, a job of Proxmox's has it or the cluster has no quorum; those of before.
+func (n *Node) Remove(ctx context.Context, vmid int, mine func(*Conf) bool, before func(*Conf) error) error {
 	return n.locked(ctx, vmid, func() error {
 		conf, err := n.Read(vmid)
 		if errdefs.IsNotFound(err) {
@@ -165,14 +251,26 @@ func (n *Node) Remove(ctx context.Context, vmid int, mine func(*Conf) bool) erro
 		if err != nil {
 			return err
 		}
-		if !conf.tagged() || !mine(conf) {
+		if !mine(conf) {
 			return fmt.Errorf("VMID %d is another guest's: its conf stays: %w", vmid, errdefs.ErrFailedPrecondition)
+		}
+		if job := conf.Lock(); job != "" {
+			return fmt.Errorf("VMID %d is locked by a job of Proxmox's (%s; if there is none: `pct unlock %d`): %w", vmid, job, vmid, errdefs.ErrUnavailable)
+		}
+		if err := before(conf); err != nil {
+			return err
 		}
 		if err := os.Remove(n.conf(vmid)); err != nil {
 			return n.failure("removing", vmid, err)
 		}
 		return nil
 	})
+}
+
+// Lock is the job of Proxmox's that has a container (backup, snapshot, migrate…); empty: none.
+func (c *Conf) Lock() string {
+	job, _ := c.Get("lock")
+	return job
 }
 
 // tagged says whether a conf bears our tag.
@@ -185,7 +283,7 @@ func (c *Conf) tagged() bool {
 func (n *Node) Ours() ([]int, error) {
 	entries, err := os.ReadDir(filepath.Join(n.Root, "lxc"))
 	if err != nil {
-		return nil, fmt.Errorf("listing the guests of this node: %w", err)
+		return nil, n.failed("listing the guests of this node", err)
 	}
 	var ours []int
 	for _, e := range entries {
@@ -250,8 +348,10 @@ func (n *Node) vmids() (Range, error) {
 		return n.Range, n.Range.check("vmid_range")
 	}
 	text, err := os.ReadFile(filepath.Join(n.Root, "datacenter.cfg"))
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return Range{}, fmt.Errorf("reading the range of VMIDs: %w", err)
+	if err != nil {
+		if err = n.failed("reading the range of VMIDs", err); !errdefs.IsNotFound(err) {
+			return Range{}, err
+		}
 	}
 	return parseRange(text)
 }
@@ -295,30 +395,56 @@ func (n *Node) VMIDs() (r Range, taken int, err error) {
 	return r, taken, err
 }
 
-// taken are the VMIDs of all guests of the cluster, as its filesystem lists them.
-// It is a hint: what it lacks is found when the conf is created. The list is made
-// anew whenever anybody asks for its size, also while it is read (pve-cluster,
-// cfs-plug-func.c), so it may be no JSON.
+// taken are the VMIDs of all guests of the cluster.
 func (n *Node) taken() (map[int]bool, error) {
+	all, err := n.guests()
+	taken := map[int]bool{}
+	for vmid := range all {
+		taken[vmid] = true
+	}
+	return taken, err
+}
+
+// guests are the nodes of all guests of the cluster by their VMIDs, as its
+// filesystem lists them. It is a hint: what it lacks is found when the conf is created.
+func (n *Node) guests() (map[int]string, error) {
+	text, err := n.made(".vmlist")
+	if err != nil {
+		return nil, err
+	}
+	var list struct {
+		IDs map[string]struct {
+			Node string `json:"node"`
+		} `json:"ids"`
+	}
+	all := map[int]string{}
+	if text == nil {
+		return all, nil
+	}
+	if err := json.Unmarshal(text, &list); err != nil {
+		return nil, fmt.Errorf("the cluster's guests: %w", err)
+	}
+	for id, g := range list.IDs {
+		if vmid, err := strconv.Atoi(id); err == nil {
+			all[vmid] = g.Node
+		}
+	}
+	return all, nil
+}
+
+// made is a file that the cluster's filesystem makes up. It is made anew whenever
+// anybody asks for its size, also while it is read (pve-cluster, cfs-plug-func.c), so it may be
+// no JSON; nil if it never was.
+func (n *Node) made(name string) ([]byte, error) {
 	const tries = 5
 	for range tries {
-		text, err := os.ReadFile(filepath.Join(n.Root, ".vmlist"))
+		text, err := os.ReadFile(filepath.Join(n.Root, name))
 		if err != nil {
-			return nil, fmt.Errorf("reading the cluster's guests: %w", err)
+			return nil, n.failed("reading the cluster's "+name, err)
 		}
-		var list struct {
-			IDs map[string]struct{} `json:"ids"`
+		if json.Valid(text) {
+			return text, nil
 		}
-		if json.Unmarshal(text, &list) != nil {
-			continue
-		}
-		taken := map[int]bool{}
-		for id := range list.IDs {
-			if vmid, err := strconv.Atoi(id); err == nil {
-				taken[vmid] = true
-			}
-		}
-		return taken, nil
 	}
 	return nil, nil
 }

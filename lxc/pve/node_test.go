@@ -115,7 +115,6 @@ func TestChangeAndRemove(t *testing.T) {
 	n := newNode(t, `{"ids": {}}`)
 	const text = "#note\nmemory: 512\ntags: web;containerd\n"
 	n.put(t, 200, text)
-	n.put(t, 201, "tags: containerd2\n")
 	set := func(c *Conf) error { return c.Set("memory", "64") }
 	if err := n.Change(ctx, 200, set); err != nil {
 		t.Fatal(err)
@@ -134,13 +133,21 @@ func TestChangeAndRemove(t *testing.T) {
 	if err := n.Change(ctx, 300, set); !errdefs.IsNotFound(err) {
 		t.Error(err)
 	}
-	for vmid, mine := range map[int]bool{200: false, 201: true} {
-		if err := n.Remove(ctx, vmid, func(*Conf) bool { return mine }); !errdefs.IsFailedPrecondition(err) {
-			t.Errorf("%d: %v", vmid, err)
-		}
+	mine := func(*Conf) bool { return true }
+	none := func(*Conf) error { return nil }
+	if err := n.Remove(ctx, 200, func(*Conf) bool { return false }, none); !errdefs.IsFailedPrecondition(err) {
+		t.Error(err)
+	}
+	stop := errors.New("stop")
+	if err := n.Remove(ctx, 200, mine, func(*Conf) error { return stop }); !errors.Is(err, stop) {
+		t.Error(err)
+	}
+	n.put(t, 201, "lock: backup\n")
+	if err := n.Remove(ctx, 201, mine, none); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "pct unlock 201") {
+		t.Error(err)
 	}
 	for range 2 { // the second time it is gone
-		if err := n.Remove(ctx, 200, func(*Conf) bool { return true }); err != nil {
+		if err := n.Remove(ctx, 200, mine, none); err != nil {
 			t.Error(err)
 		}
 	}

@@ -1,7 +1,6 @@
 package pve
 
 import (
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -27,11 +26,11 @@ var (
 // Storages are those of type zfspool that node may put containers on, in the order of storage.cfg.
 func (n *Node) Storages(node string) ([]Storage, error) {
 	text, err := os.ReadFile(filepath.Join(n.Root, "storage.cfg"))
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
-	}
 	if err != nil {
-		return nil, fmt.Errorf("reading the storages: %w", err)
+		if err = n.failed("reading the storages", err); errdefs.IsNotFound(err) {
+			err = nil
+		}
+		return nil, err
 	}
 	return parseStorages(string(text), node), nil
 }

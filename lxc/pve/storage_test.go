@@ -50,6 +50,12 @@ func TestStorages(t *testing.T) {
 		}
 	}
 	n := &Node{Root: t.TempDir()}
+	if _, err := n.Storage("a", "", "rpool/x"); !errdefs.IsUnavailable(err) {
+		t.Errorf("no cluster filesystem: %v", err)
+	}
+	if err := os.WriteFile(filepath.Join(n.Root, ".vmlist"), []byte("{}"), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := n.Storage("a", "", "rpool/x"); !errdefs.IsNotFound(err) {
 		t.Errorf("no storage.cfg: %v", err)
 	}

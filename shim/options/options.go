@@ -41,8 +41,8 @@ type Options struct {
 	Unprivileged bool
 	// Register is Required if empty.
 	Register Policy
-	// ProxmoxRoot is where the cluster's filesystem of Proxmox is; /etc/pve if empty.
-	ProxmoxRoot string
+	// ProxmoxDatabase is what makes a host a node of Proxmox; pve.Database if empty.
+	ProxmoxDatabase string
 	// Registry is the daemon's socket for it; /run/containerd-pve/registry.sock if empty.
 	Registry string
 	// IOUID and IOGID own the container's stdio pipes.
@@ -64,8 +64,8 @@ type file struct {
 	Unprivileged bool
 	// Register is required, best-effort or off.
 	Register Policy
-	// ProxmoxRoot is where the cluster's filesystem of Proxmox is.
-	ProxmoxRoot string
+	// ProxmoxDatabase is the file of Proxmox's cluster filesystem; a host with it is a node.
+	ProxmoxDatabase string
 	// Registry is the daemon's socket for it.
 	Registry string
 }
@@ -133,7 +133,7 @@ func (f *file) read(name string, body []byte) error {
 			for _, e := range strict.Errors {
 				keys = append(keys, strings.Join(e.Key(), "."))
 			}
-			return fmt.Errorf("%s: unknown key %s (known: LXCPath, LXCStart, Init, SystemdCgroup, Unprivileged, Register, ProxmoxRoot, Registry): %w", name, strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+			return fmt.Errorf("%s: unknown key %s (known: LXCPath, LXCStart, Init, SystemdCgroup, Unprivileged, Register, ProxmoxDatabase, Registry): %w", name, strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 		}
 		return fmt.Errorf("%s: %w: %w", name, err, errdefs.ErrInvalidArgument)
 	}
@@ -146,7 +146,7 @@ func (f *file) read(name string, body []byte) error {
 
 func (f *file) options() Options {
 	return Options{
-		SystemdCgroup: f.SystemdCgroup, Unprivileged: f.Unprivileged, Register: f.Register, ProxmoxRoot: f.ProxmoxRoot, Registry: f.Registry,
+		SystemdCgroup: f.SystemdCgroup, Unprivileged: f.Unprivileged, Register: f.Register, ProxmoxDatabase: f.ProxmoxDatabase, Registry: f.Registry,
 		LXC: lxc.Config{Path: f.LXCPath, Start: f.LXCStart, Init: f.Init},
 	}
 }

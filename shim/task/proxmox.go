@@ -37,7 +37,6 @@ const (
 // Where things are on a Proxmox node.
 const (
 	proxmoxPath     = "/var/lib/lxc" // the lxcpath at which Proxmox looks for containers
-	proxmoxRoot     = "/etc/pve"
 	registryAddress = "/run/containerd-pve/registry.sock"
 )
 
@@ -95,7 +94,7 @@ func (p *proxmox) register(ctx context.Context, spec *specs.Spec, nets []pve.Net
 // policy says so, and answers its LXC name and where LXC has it; the name is empty for one that
 // is none of Proxmox's.
 func (t *taskState) onProxmox(ctx context.Context, spec *specs.Spec, nets []pve.Net, r *api.CreateTaskRequest, o *options.Options) (name string, config lxc.Config, err error) {
-	if o.Register == options.Off || spec.Annotations[criType] == criSandbox || !pve.Found(cmp.Or(o.ProxmoxRoot, proxmoxRoot)) {
+	if o.Register == options.Off || spec.Annotations[criType] == criSandbox || !pve.Installed(cmp.Or(o.ProxmoxDatabase, pve.Database)) {
 		return "", o.LXC, nil
 	}
 	p := &t.proxmox
@@ -103,7 +102,8 @@ func (t *taskState) onProxmox(ctx context.Context, spec *specs.Spec, nets []pve.
 	name, err = p.register(ctx, spec, nets, r.Rootfs, filepath.Join(t.bundle, "rootfs"))
 	if err != nil {
 		p.registrar = nil
-		if o.Register != options.BestEffort {
+		// What the caller has to mend is said under every policy.
+		if o.Register != options.BestEffort || errdefs.IsInvalidArgument(err) || errdefs.IsAlreadyExists(err) || errdefs.IsFailedPrecondition(err) {
 			return "", lxc.Config{}, err
 		}
 		log.G(ctx).WithError(err).Warnf("task %s: it runs without a VMID", t.id)

@@ -112,8 +112,8 @@ func TestLimits(t *testing.T) {
 
 // TestPolicy: without a daemon a container of a node of Proxmox is refused, or runs as any other.
 func TestPolicy(t *testing.T) {
-	root, none := t.TempDir(), filepath.Join(t.TempDir(), "socket")
-	if err := os.WriteFile(filepath.Join(root, ".vmlist"), []byte("{}"), 0o600); err != nil {
+	db, none := filepath.Join(t.TempDir(), "config.db"), filepath.Join(t.TempDir(), "socket")
+	if err := os.WriteFile(db, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
 	sandbox := &specs.Spec{Annotations: map[string]string{criType: criSandbox}}
@@ -122,12 +122,13 @@ func TestPolicy(t *testing.T) {
 		o    options.Options
 		is   func(error) bool
 	}{
-		{&specs.Spec{}, options.Options{ProxmoxRoot: t.TempDir()}, nil},
-		{&specs.Spec{}, options.Options{ProxmoxRoot: root, Registry: none}, errdefs.IsUnavailable},
-		{&specs.Spec{}, options.Options{ProxmoxRoot: root, Registry: none, Register: options.Required}, errdefs.IsUnavailable},
-		{&specs.Spec{}, options.Options{ProxmoxRoot: root, Registry: none, Register: options.BestEffort}, nil},
-		{&specs.Spec{}, options.Options{ProxmoxRoot: root, Registry: none, Register: options.Off}, nil},
-		{sandbox, options.Options{ProxmoxRoot: root, Registry: none}, nil},
+		{&specs.Spec{}, options.Options{ProxmoxDatabase: none}, nil},
+		{&specs.Spec{}, options.Options{ProxmoxDatabase: db, Registry: none}, errdefs.IsUnavailable},
+		{&specs.Spec{}, options.Options{ProxmoxDatabase: db, Registry: none, Register: options.Required}, errdefs.IsUnavailable},
+		{&specs.Spec{}, options.Options{ProxmoxDatabase: db, Registry: none, Register: options.BestEffort}, nil},
+		{&specs.Spec{}, options.Options{ProxmoxDatabase: db, Registry: none, Register: options.Off}, nil},
+		{&specs.Spec{Annotations: map[string]string{annotationVMID: "x"}}, options.Options{ProxmoxDatabase: db, Registry: none, Register: options.BestEffort}, errdefs.IsInvalidArgument},
+		{sandbox, options.Options{ProxmoxDatabase: db, Registry: none}, nil},
 	} {
 		c.o.LXC.Path = "/own"
 		s := &taskState{service: &Service{namespace: "default"}, id: "x", bundle: "/b"}

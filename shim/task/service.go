@@ -29,6 +29,7 @@ import (
 	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
+	grpcstatus "google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -132,7 +133,9 @@ func method[Request, Response any](f func(context.Context, *Request) (*Response,
 		}
 		response, err := f(ctx, &r)
 		if err != nil {
-			return nil, errgrpc.ToGRPC(err)
+			// What else it wraps would be lines of its own in the client's message.
+			s := grpcstatus.Convert(errgrpc.ToGRPC(err))
+			return nil, grpcstatus.Error(s.Code(), s.Message())
 		}
 		return response, nil
 	}

@@ -4,7 +4,8 @@
 // has moved by whoever owns them.
 //
 // A record is written before its conf is created and dropped after it was
-// removed, so a conf of ours never lacks one.
+// removed, so a conf of ours lacks one only if the records were lost. It holds the conf as well:
+// one that somebody removed is written again.
 package registry
 
 import (
@@ -16,9 +17,11 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/moby/locker"
 	"github.com/moby/sys/atomicwriter"
 
@@ -42,6 +45,12 @@ type Disks interface {
 	Volume(ctx context.Context, vmid int, dataset string) (Volume, error)
 	// Move renames dataset to the volume's, and limits it. It is done if it was before.
 	Move(ctx context.Context, dataset string, to Volume) error
+	// Exists says whether there is a dataset of that name.
+	Exists(ctx context.Context, dataset string) (bool, error)
+	// DatasetOf is the dataset of a volume as a conf names it; empty if it is none on this node.
+	DatasetOf(volume string) (string, error)
+	// Drop destroys snapshots of a dataset of ours, if they are there.
+	Drop(ctx context.Context, dataset string, snapshots []string) error
 }
 
 // Volume is one of Proxmox's on a storage of type zfspool.
@@ -56,6 +65,12 @@ type Record struct {
 	Namespace string `json:"namespace"`
 	ID        string `json:"id"`
 	VMID      int    `json:"vmid"`
+	// Node is the one that has the conf; it may be called otherwise since.
+	Node string `json:"node"`
+	// Dataset is the volume's; empty if it has none.
+	Dataset string `json:"dataset,omitempty"`
+	// Conf is what was last seen of it.
+	Conf string `json:"conf"`
 }
 
 // Registry is of one node.
@@ -112,17 +127,28 @@ func (r *Registry) write(file string, rec Record) error {
 // guardLine is the hook that says whose a conf is, and which refuses a start that
 // is not containerd's. It lets one be that was restored where this program is not.
 // liblxc gives it to a shell, after "exec ", with arguments of its own behind it.
-func (r *Registry) guardLine(namespace, id string) string {
-	return fmt.Sprintf("/bin/sh -c 'test ! -x %[1]s || exec %[1]s guard %[2]s %[3]s' sh", r.guard, namespace, id)
+func (r *Registry) guardLine(namespace, id string, vmid int) string {
+	return fmt.Sprintf("/bin/sh -c 'test ! -x %[1]s || exec %[1]s guard %[2]s %[3]s %[4]d' sh", r.guard, namespace, id, vmid)
 }
 
-// mine says whether a conf is that container's.
-func (r *Registry) mine(namespace, id string) func(*pve.Conf) bool {
-	return func(c *pve.Conf) bool {
-		return slices.ContainsFunc(c.LXC(), func(e pve.Entry) bool {
-			return e.Key == "lxc.hook.pre-start" && strings.HasSuffix(e.Value, fmt.Sprintf(" guard %s %s' sh", namespace, id))
-		})
+// guards is the end of that line, wherever the program was.
+var guards = regexp.MustCompile(` guard ([A-Za-z0-9_.-]+) ([A-Za-z0-9_.-]+) ([0-9]+)' sh$`)
+
+// ownerOf is whose a conf is, by its guard. A clone, or a backup restored under
+// another number, has the guard of another VMID and so no owner.
+func ownerOf(conf *pve.Conf, vmid int) (namespace, id string, ok bool) {
+	for _, e := range conf.LXC() {
+		if m := guards.FindStringSubmatch(e.Value); e.Key == "lxc.hook.pre-start" && m != nil && m[3] == strconv.Itoa(vmid) {
+			return m[1], m[2], true
+		}
 	}
+	return "", "", false
+}
+
+// mine says whether a conf is that record's.
+func (rec Record) mine(conf *pve.Conf) bool {
+	namespace, id, ok := ownerOf(conf, rec.VMID)
+	return ok && namespace == rec.Namespace && id == rec.ID
 }
 
 // Lookup is the VMID of a container, by the records in dir. Errors: NotFound.
@@ -160,14 +186,16 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 	if disk.Dataset != "" && !r.disks.Ours(disk.Dataset) {
 		disk.Dataset = ""
 	}
-	c.Guard = r.guardLine(c.Namespace, c.ID)
+	has := rec.VMID
+	described := r.Describe == nil
 	var volume Volume
-	if rec.VMID == 0 && r.Describe != nil {
-		if err := r.Describe(ctx, &c); err != nil {
-			return fail(err)
-		}
-	}
 	of := func(vmid int) (_ *pve.Conf, err error) {
+		if !described {
+			if err := r.Describe(ctx, &c); err != nil {
+				return nil, err
+			}
+			described = true
+		}
 		c.Rootfs = disk.Directory
 		if disk.Dataset != "" {
 			if volume, err = r.disks.Volume(ctx, vmid, disk.Dataset); err != nil {
@@ -175,24 +203,34 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 			}
 			c.Rootfs = volume.Conf
 		}
+		c.Guard = r.guardLine(c.Namespace, c.ID, vmid)
 		conf, err := c.Conf(r.host)
 		if err != nil {
 			return nil, err
 		}
-		return conf, r.write(file, Record{c.Namespace, c.ID, vmid})
+		self, err := r.node.Name()
+		if err != nil {
+			return nil, err
+		}
+		rec = Record{c.Namespace, c.ID, vmid, self, volume.Dataset, string(conf.Bytes())}
+		return conf, r.write(file, rec)
 	}
-	vmid, err = r.vmid(ctx, rec.VMID, want, &c, of)
+	made, err := r.vmid(ctx, &rec, want, &c, of)
+	if err == nil && made {
+		// Whoever asked may have gone on without it, with the disk where it is.
+		err = ctx.Err()
+	}
 	if err != nil {
-		if rec.VMID == 0 {
-			err = errors.Join(err, ignoreMissing(os.Remove(filepath.Join(r.dir, file))))
+		if has == 0 {
+			err = errors.Join(err, r.undo(context.WithoutCancel(ctx), file, rec))
 		}
 		return fail(err)
 	}
 	if disk.Dataset == "" {
-		return vmid, "", nil
+		return rec.VMID, "", nil
 	}
 	if volume.Dataset == "" { // it had a conf
-		if volume, err = r.disks.Volume(ctx, vmid, disk.Dataset); err != nil {
+		if volume, err = r.disks.Volume(ctx, rec.VMID, disk.Dataset); err != nil {
 			return fail(err)
 		}
 	}
@@ -201,46 +239,147 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 			return fail(err)
 		}
 	}
-	return vmid, volume.Dataset, nil
+	return rec.VMID, volume.Dataset, nil
 }
 
-// vmid finds the container's conf, or makes one.
-func (r *Registry) vmid(ctx context.Context, has, want int, c *pve.Container, of func(int) (*pve.Conf, error)) (int, error) {
-	if has != 0 {
-		conf, err := r.node.Read(has)
+// undo takes back what was made for a container that could not be registered. What
+// cannot be is found by its record, whose conf is not to be written again.
+func (r *Registry) undo(ctx context.Context, file string, rec Record) error {
+	if rec.VMID == 0 {
+		return nil
+	}
+	err := r.node.Remove(ctx, rec.VMID, rec.mine, func(*pve.Conf) error { return nil })
+	if err != nil && !errdefs.IsFailedPrecondition(err) {
+		rec.Conf = ""
+		return errors.Join(err, r.write(file, rec))
+	}
+	return ignoreMissing(os.Remove(filepath.Join(r.dir, file)))
+}
+
+// vmid finds the container's conf, or has one made and says so. rec is what is
+// written down of it, before and after.
+func (r *Registry) vmid(ctx context.Context, rec *Record, want int, c *pve.Container, of func(int) (*pve.Conf, error)) (made bool, err error) {
+	if rec.VMID != 0 {
+		conf, err := r.conf(ctx, rec)
 		switch {
-		case err == nil && r.mine(c.Namespace, c.ID)(conf):
-			return has, r.node.Change(ctx, has, func(conf *pve.Conf) error { return c.Limits.Update(conf, r.host) })
+		case err == nil && rec.mine(conf):
+			if job := conf.Lock(); job != "" {
+				return false, fmt.Errorf("VMID %[1]d is locked by a job of Proxmox's (%[2]s): wait for its end, or `pct unlock %[1]d` if there is none: %[3]w", rec.VMID, job, errdefs.ErrFailedPrecondition)
+			}
+			return false, r.change(ctx, rec, c.Limits)
 		case err != nil && !errdefs.IsNotFound(err):
-			return 0, err
+			return false, err
 		}
 		// A crash came before its conf, or an administrator removed that; the number is
 		// taken again if nobody else has it.
-		vmid, err := r.node.Register(ctx, has, of)
+		again := of
+		if rec.Conf != "" {
+			again = func(int) (*pve.Conf, error) {
+				conf := pve.Parse([]byte(rec.Conf))
+				return conf, c.Limits.Update(conf, r.host)
+			}
+		}
+		_, err = r.node.Register(ctx, rec.VMID, again)
 		if !errdefs.IsAlreadyExists(err) {
-			return vmid, err
+			return true, err
 		}
 	}
-	return r.node.Register(ctx, want, of)
+	_, err = r.node.Register(ctx, want, of)
+	return true, err
+}
+
+// conf reads the conf of a record. After this node was renamed it is fetched from
+// the directory of the old name. Errors: NotFound; FailedPrecondition, it went to another node.
+func (r *Registry) conf(ctx context.Context, rec *Record) (*pve.Conf, error) {
+	conf, err := r.node.Read(rec.VMID)
+	if !errdefs.IsNotFound(err) {
+		return conf, err
+	}
+	at, whereErr := r.node.Where(rec.VMID)
+	if whereErr != nil {
+		return nil, whereErr
+	}
+	self, nameErr := r.node.Name()
+	if nameErr != nil {
+		return nil, nameErr
+	}
+	if at == "" || at == self {
+		return nil, err
+	}
+	conf, otherErr := r.node.ReadAt(at, rec.VMID)
+	if errdefs.IsNotFound(otherErr) || otherErr == nil && !rec.mine(conf) {
+		return nil, err // a virtual machine, or another's container
+	}
+	if otherErr != nil {
+		return nil, otherErr
+	}
+	member, err := r.node.IsMember(at)
+	if err != nil {
+		return nil, err
+	}
+	if at != rec.Node || member {
+		return nil, fmt.Errorf("container %[1]d was moved to node %[2]s, where containerd does not know it: migrate it back or remove it here: %[3]w", rec.VMID, at, errdefs.ErrFailedPrecondition)
+	}
+	log.G(ctx).Infof("container %d is fetched from node %s, as this one was called", rec.VMID, at)
+	if err := r.node.Fetch(ctx, rec.VMID, at); err != nil {
+		return nil, err
+	}
+	rec.Node = self
+	file, err := name(rec.Namespace, rec.ID)
+	if err != nil {
+		return nil, err
+	}
+	return conf, r.write(file, *rec)
+}
+
+// change writes limits into the conf of a record.
+func (r *Registry) change(ctx context.Context, rec *Record, limits pve.Limits) error {
+	var text string
+	err := r.node.Change(ctx, rec.VMID, func(conf *pve.Conf) error {
+		if !rec.mine(conf) {
+			return fmt.Errorf("VMID %d is another guest's: %w", rec.VMID, errdefs.ErrNotFound)
+		}
+		err := limits.Update(conf, r.host)
+		text = string(conf.Bytes())
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	return r.seen(rec, text)
+}
+
+// seen keeps what the conf is now.
+func (r *Registry) seen(rec *Record, text string) error {
+	if rec.Conf == text {
+		return nil
+	}
+	rec.Conf = text
+	file, err := name(rec.Namespace, rec.ID)
+	if err != nil {
+		return err
+	}
+	return r.write(file, *rec)
 }
 
 // Update writes a container's limits into its conf. Errors: NotFound, it has none.
 func (r *Registry) Update(ctx context.Context, namespace, id string, limits pve.Limits) error {
-	return r.with(namespace, id, func(rec Record) error {
-		return r.node.Change(ctx, rec.VMID, func(conf *pve.Conf) error {
-			if !r.mine(namespace, id)(conf) {
-				return fmt.Errorf("VMID %d is another guest's: %w", rec.VMID, errdefs.ErrNotFound)
-			}
-			return limits.Update(conf, r.host)
-		})
-	})
+	return r.with(namespace, id, func(rec Record) error { return r.change(ctx, &rec, limits) })
 }
 
-// Remove gives the VMID of a container back, with its conf. There is nothing to
-// do for one that has none.
+// Remove gives the VMID of a container back, with its conf and the snapshots that
+// Proxmox made of it. There is nothing to do for one that has none. Errors: Unavailable, to be tried again.
 func (r *Registry) Remove(ctx context.Context, namespace, id string) error {
 	err := r.with(namespace, id, func(rec Record) error {
-		err := r.node.Remove(ctx, rec.VMID, r.mine(namespace, id))
+		if _, err := r.conf(ctx, &rec); errdefs.IsUnavailable(err) {
+			return err
+		}
+		err := r.node.Remove(ctx, rec.VMID, rec.mine, func(conf *pve.Conf) error {
+			if rec.Dataset == "" {
+				return nil
+			}
+			return r.disks.Drop(ctx, rec.Dataset, conf.Snapshots())
+		})
 		if err != nil && !errdefs.IsFailedPrecondition(err) {
 			return err
 		}

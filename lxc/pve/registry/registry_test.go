@@ -20,9 +20,15 @@ type disks struct {
 	moved map[string]string
 	fail  error
 	there string // a volume that is there
+
+	gone    []string // datasets that are not there
+	others  []string // datasets that are none of ours
+	dropped []string // snapshots
 }
 
-func (d *disks) Ours(dataset string) bool { return strings.HasPrefix(dataset, "tank/") }
+func (d *disks) Ours(dataset string) bool {
+	return strings.HasPrefix(dataset, "tank/") && !slices.Contains(d.others, dataset)
+}
 
 func (d *disks) Volume(_ context.Context, vmid int, dataset string) (Volume, error) {
 	name := fmt.Sprintf("subvol-%d-disk-0", vmid)
@@ -30,6 +36,25 @@ func (d *disks) Volume(_ context.Context, vmid int, dataset string) (Volume, err
 		return Volume{}, os.ErrExist
 	}
 	return Volume{Conf: "tank:" + name + ",size=8G", Dataset: "tank/data/" + name, Size: 8 << 30}, nil
+}
+
+func (d *disks) Exists(_ context.Context, dataset string) (bool, error) {
+	return !slices.Contains(d.gone, dataset), nil
+}
+
+func (d *disks) DatasetOf(volume string) (string, error) {
+	name, ok := strings.CutPrefix(volume, "tank:")
+	if !ok {
+		return "", nil
+	}
+	return "tank/data/" + name, nil
+}
+
+func (d *disks) Drop(_ context.Context, dataset string, snapshots []string) error {
+	for _, s := range snapshots {
+		d.dropped = append(d.dropped, dataset+"@"+s)
+	}
+	return nil
 }
 
 func (d *disks) Move(_ context.Context, dataset string, to Volume) error {
@@ -46,8 +71,13 @@ func newRegistry(t *testing.T) (*Registry, *disks) {
 	if err := os.WriteFile(filepath.Join(root, ".vmlist"), []byte(`{"ids": {}}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Mkdir(filepath.Join(root, "lxc"), 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Join(root, "nodes/self/lxc"), 0o755); err != nil {
 		t.Fatal(err)
+	}
+	for name, target := range map[string]string{"local": "nodes/self", "lxc": "nodes/self/lxc"} {
+		if err := os.Symlink(target, filepath.Join(root, name)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	d := &disks{moved: map[string]string{}}
 	node := &pve.Node{Root: root, Locks: filepath.Join(t.TempDir(), "locks")}
@@ -81,7 +111,7 @@ func TestLife(t *testing.T) {
 		t.Fatalf("%d, %q, %v, moved %v", vmid, dataset, err, d.moved)
 	}
 	if text := r.text(t, 100); !strings.Contains(text, "rootfs: tank:subvol-100-disk-0,size=8G\n") || !strings.Contains(text, "memory: 1024\n") ||
-		!strings.Contains(text, "lxc.hook.pre-start: /bin/sh -c 'test ! -x /usr/local/bin/containerd-pve || exec /usr/local/bin/containerd-pve guard default web' sh\n") {
+		!strings.Contains(text, "lxc.hook.pre-start: /bin/sh -c 'test ! -x /usr/local/bin/containerd-pve || exec /usr/local/bin/containerd-pve guard default web 100' sh\n") {
 		t.Error(text)
 	}
 	// Somebody's note stays.
@@ -107,7 +137,7 @@ func TestLife(t *testing.T) {
 	if vmid, _, err := r.Register(ctx, 0, container("db"), Disk{Dataset: "other/7", Directory: "/run/db/rootfs"}); err != nil || vmid != 101 || !strings.Contains(r.text(t, 101), "rootfs: /run/db/rootfs\n") {
 		t.Errorf("a directory: %d, %v", vmid, err)
 	}
-	if all, err := r.List(); err != nil || !slices.Equal(all, []Record{{"default", "web", 100}, {"default", "db", 101}}) {
+	if all, err := r.List(); err != nil || len(all) != 2 || all[0].ID != "web" || all[0].VMID != 100 || all[0].Node != "self" || all[0].Conf != r.text(t, 100) || all[1].ID != "db" || all[1].VMID != 101 {
 		t.Errorf("%v, %v", all, err)
 	}
 	if vmid, err := Lookup(r.dir, "default", "web"); err != nil || vmid != 100 {

@@ -5,10 +5,12 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
@@ -35,6 +37,14 @@ type updateRequest struct {
 	Limits    pve.Limits `json:"limits"`
 }
 
+const (
+	// callLimit is how long a call waits for the cluster's filesystem, which may be stuck.
+	// Proxmox's tools wait 10 s for the lock of a conf alone.
+	callLimit = 30 * time.Second
+	// answerLimit is how long the shim waits for the daemon, which has to give up first.
+	answerLimit = callLimit + 5*time.Second
+)
+
 // Serve offers a registry on a ttrpc server.
 func Serve(server *ttrpc.Server, r *Registry) {
 	server.RegisterService(Service, &ttrpc.ServiceDesc{Methods: map[string]ttrpc.Method{
@@ -58,15 +68,39 @@ func method[Request, Response any](f func(context.Context, Request) (Response, e
 		if err := json.Unmarshal(in.Value, &q); err != nil {
 			return nil, errgrpc.ToGRPC(fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument))
 		}
-		a, err := f(ctx, q)
+		ctx, cancel := context.WithTimeout(ctx, callLimit)
+		defer cancel()
+		a, err := answer(ctx, func() (Response, error) { return f(ctx, q) })
 		if err != nil {
-			return nil, errgrpc.ToGRPC(err)
+			s := status.Convert(errgrpc.ToGRPC(err)) // one line, as the shim answers it
+			return nil, status.Error(s.Code(), s.Message())
 		}
 		text, err := json.Marshal(a)
 		if err != nil {
 			return nil, err
 		}
 		return wrapperspb.Bytes(text), nil
+	}
+}
+
+// answer is f's, or that the time is over: what hangs in the cluster's filesystem
+// cannot be ended. f goes on, and takes back what it did.
+func answer[Response any](ctx context.Context, f func() (Response, error)) (Response, error) {
+	type result struct {
+		a   Response
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		a, err := f()
+		done <- result{a, err}
+	}()
+	select {
+	case r := <-done:
+		return r.a, r.err
+	case <-ctx.Done():
+		var none Response
+		return none, fmt.Errorf("Proxmox's cluster filesystem did not answer in time (`systemctl status pve-cluster`): %w", errdefs.ErrUnavailable)
 	}
 }
 
@@ -94,6 +128,8 @@ func (c *Client) call(ctx context.Context, name string, q, a any) error {
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithTimeout(ctx, answerLimit)
+	defer cancel()
 	var d net.Dialer
 	conn, err := d.DialContext(ctx, "unix", c.address)
 	if err != nil {

@@ -57,7 +57,7 @@ func TestService(t *testing.T) {
 	if err != nil || vmid != 500 || dataset != "tank/data/subvol-500-disk-0" || len(d.moved) != 1 {
 		t.Errorf("%d, %q, %v", vmid, dataset, err)
 	}
-	c.Rootfs, c.Guard = "tank:subvol-500-disk-0,size=8G", r.guardLine(c.Namespace, c.ID)
+	c.Rootfs, c.Guard = "tank:subvol-500-disk-0,size=8G", r.guardLine(c.Namespace, c.ID, 500)
 	want, err := c.Conf(r.host)
 	if err != nil {
 		t.Fatal(err)

@@ -1,0 +1,289 @@
+package registry
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/containerd-pve/containerd-pve/lxc/pve"
+)
+
+// sweep sweeps; only the containers of these ids are there.
+func (r *Registry) sweep(t *testing.T, ids ...string) {
+	t.Helper()
+	err := r.Sweep(context.Background(), func(_ context.Context, _, id string) (bool, error) { return slices.Contains(ids, id), nil })
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func (r *Registry) register(t *testing.T, id, dataset string) int {
+	t.Helper()
+	vmid, _, err := r.Register(context.Background(), 0, container(id), Disk{Dataset: dataset})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return vmid
+}
+
+func (r *Registry) confFile(vmid string) string {
+	return filepath.Join(r.node.Root, "lxc", vmid+".conf")
+}
+
+func (r *Registry) has(t *testing.T, want ...int) {
+	t.Helper()
+	ours, err := r.node.Ours()
+	if err != nil || !slices.Equal(ours, want) {
+		t.Errorf("confs %v, %v, not %v", ours, err, want)
+	}
+}
+
+// TestSweep: records, confs and disks come together again, and nothing else is touched.
+func TestSweep(t *testing.T) {
+	r, d := newRegistry(t)
+	for i, id := range []string{"kept", "gone", "edited", "removed", "destroyed"} {
+		if vmid := r.register(t, id, "tank/ours/"+id); vmid != 100+i {
+			t.Fatal(vmid)
+		}
+	}
+	text := r.text(t, 103)
+	for _, vmid := range []string{"103", "104"} {
+		if err := os.Remove(r.confFile(vmid)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.gone = []string{"tank/data/subvol-104-disk-0"}
+	if err := r.node.Change(t.Context(), 102, func(c *pve.Conf) error { return c.Set("onboot", "1") }); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		r.sweep(t, "kept", "edited", "removed", "destroyed")
+		r.has(t, 100, 102, 103)
+	}
+	if got := r.text(t, 103); got != text {
+		t.Errorf("it is written again otherwise:\n%s\nnot\n%s", got, text)
+	}
+	// What an administrator wrote is kept when it is written again.
+	if err := os.Remove(r.confFile("102")); err != nil {
+		t.Fatal(err)
+	}
+	r.sweep(t, "kept", "edited", "removed", "destroyed")
+	if got := r.text(t, 102); !strings.Contains(got, "onboot: 1\n") {
+		t.Errorf("the administrator's line is lost:\n%s", got)
+	}
+	r.sweep(t)
+	r.has(t)
+	if all, err := r.List(); err != nil || len(all) > 0 {
+		t.Errorf("records %v, %v", all, err)
+	}
+}
+
+// TestOrphans: after the loss of the records.
+func TestOrphans(t *testing.T) {
+	r, d := newRegistry(t)
+	for _, id := range []string{"alive", "dead", "restored", "directory"} {
+		if id == "directory" {
+			if _, _, err := r.Register(t.Context(), 0, container(id), Disk{Directory: "/nowhere/rootfs"}); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		r.register(t, id, "tank/ours/"+id)
+	}
+	// A clone of the first, and its backup restored under another number.
+	if err := os.WriteFile(r.confFile("200"), []byte(r.text(t, 100)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	// The third was restored from a backup, on a disk that is none of ours.
+	if err := r.node.Change(t.Context(), 102, func(c *pve.Conf) error { return c.Set("rootfs", "tank:other/102,size=8G") }); err != nil {
+		t.Fatal(err)
+	}
+	d.others = []string{"tank/data/other/102"}
+	lose := func() {
+		t.Helper()
+		if err := os.RemoveAll(r.dir); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Mkdir(r.dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lose()
+	r.sweep(t, "alive")
+	r.has(t, 100, 102, 200)
+	if vmid, err := Lookup(r.dir, "default", "alive"); err != nil || vmid != 100 {
+		t.Errorf("the one that is alive: %d, %v", vmid, err)
+	}
+	if all, err := r.List(); err != nil || len(all) != 1 {
+		t.Errorf("%v, %v", all, err)
+	}
+	if vmid, _, err := r.Register(t.Context(), 0, container("alive"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); err != nil || vmid != 100 {
+		t.Errorf("%d, %v", vmid, err)
+	}
+	r.sweep(t)
+	r.has(t, 102, 200)
+}
+
+// TestRenamed: after the node got another name the confs are fetched; one that
+// went to another node is left there.
+func TestRenamed(t *testing.T) {
+	r, _ := newRegistry(t)
+	r.register(t, "web", "tank/ours/1")
+	r.register(t, "db", "tank/ours/2")
+	root := r.node.Root
+	put := func(name, text string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(root, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link := func(name, target string) {
+		t.Helper()
+		if err := os.Remove(filepath.Join(root, name)); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(target, filepath.Join(root, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, node := range []string{"new", "other"} {
+		if err := os.MkdirAll(filepath.Join(root, "nodes", node, "lxc"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	link("local", "nodes/new")
+	link("lxc", "nodes/new/lxc")
+	put(".members", `{"nodename": "new", "nodelist": {"new": {"id": 1}, "other": {"id": 2}}}`)
+	put(".vmlist", `{"ids": {"100": {"node": "self", "type": "lxc"}, "101": {"node": "self", "type": "lxc"}}}`)
+	if vmid, _, err := r.Register(t.Context(), 0, container("web"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); err != nil || vmid != 100 {
+		t.Errorf("%d, %v", vmid, err)
+	}
+	put(".vmlist", `{"ids": {"100": {"node": "new", "type": "lxc"}, "101": {"node": "self", "type": "lxc"}}}`)
+	r.sweep(t, "web", "db")
+	r.has(t, 100, 101)
+	if all, err := r.List(); err != nil || len(all) != 2 || all[0].Node != "new" || all[1].Node != "new" {
+		t.Errorf("%+v, %v", all, err)
+	}
+
+	// Migrated by an administrator.
+	if err := os.Rename(r.confFile("100"), filepath.Join(root, "nodes/other/lxc/100.conf")); err != nil {
+		t.Fatal(err)
+	}
+	put(".vmlist", `{"ids": {"100": {"node": "other", "type": "lxc"}, "101": {"node": "new", "type": "lxc"}}}`)
+	if _, _, err := r.Register(t.Context(), 0, container("web"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "node other") {
+		t.Error(err)
+	}
+	r.sweep(t, "db")
+	if _, err := r.node.ReadAt("other", 100); err != nil {
+		t.Errorf("the other node's conf: %v", err)
+	}
+	r.has(t, 101)
+}
+
+// TestJobs: what one of Proxmox's jobs has is neither started nor removed.
+func TestJobs(t *testing.T) {
+	r, d := newRegistry(t)
+	r.register(t, "web", "tank/ours/1")
+	lock := func(job string) {
+		t.Helper()
+		if err := r.node.Change(t.Context(), 100, func(c *pve.Conf) error {
+			if job == "" {
+				c.Delete("lock")
+				return nil
+			}
+			return c.Set("lock", job)
+		}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lock("rollback")
+	if _, _, err := r.Register(t.Context(), 0, container("web"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "pct unlock 100") {
+		t.Error(err)
+	}
+	if err := r.Remove(t.Context(), "default", "web"); !errdefs.IsUnavailable(err) {
+		t.Error(err)
+	}
+	r.sweep(t)
+	r.has(t, 100)
+	lock("")
+	if err := os.WriteFile(r.confFile("100"), []byte(r.text(t, 100)+"\n[before]\nmemory: 64\n\n[after]\nmemory: 64\nparent: before\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r.sweep(t)
+	r.has(t)
+	if want := []string{"tank/data/subvol-100-disk-0@before", "tank/data/subvol-100-disk-0@after"}; !slices.Equal(d.dropped, want) {
+		t.Errorf("snapshots destroyed: %v", d.dropped)
+	}
+}
+
+// TestTooLate: who asked has gone on without a VMID, so there is none.
+func TestTooLate(t *testing.T) {
+	r, d := newRegistry(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	r.Describe = func(context.Context, *pve.Container) error {
+		cancel()
+		return nil
+	}
+	if _, _, err := r.Register(ctx, 100, container("web"), Disk{Dataset: "tank/ours/1"}); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	r.has(t)
+	if all, err := r.List(); err != nil || len(all)+len(d.moved) > 0 {
+		t.Errorf("%v, %v, moved %v", all, err, d.moved)
+	}
+}
+
+// TestDown: without the cluster's filesystem nothing is believed to be gone.
+func TestDown(t *testing.T) {
+	r, _ := newRegistry(t)
+	r.register(t, "web", "tank/ours/1")
+	root := r.node.Root
+	if err := os.Rename(root, root+".away"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(root, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := r.Register(t.Context(), 0, container("web"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "pve-cluster") {
+		t.Error(err)
+	}
+	if _, _, err := r.Register(t.Context(), 0, container("db"), Disk{Dataset: "tank/ours/2"}); !errdefs.IsUnavailable(err) {
+		t.Error(err)
+	}
+	if err := r.Remove(t.Context(), "default", "web"); !errdefs.IsUnavailable(err) {
+		t.Error(err)
+	}
+	if err := r.Sweep(t.Context(), func(context.Context, string, string) (bool, error) { return false, nil }); !errdefs.IsUnavailable(err) {
+		t.Error(err)
+	}
+	if err := os.Remove(root); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(root+".away", root); err != nil {
+		t.Fatal(err)
+	}
+	r.has(t, 100)
+	r.sweep(t)
+	r.has(t)
+}
+
+// TestAnswer: a call that hangs is given up.
+func TestAnswer(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), time.Millisecond)
+	defer cancel()
+	hang := make(chan struct{})
+	defer close(hang)
+	if _, err := answer(ctx, func() (int, error) {
+		<-hang
+		return 0, nil
+	}); !errdefs.IsUnavailable(err) {
+		t.Error(err)
+	}
+}
