@@ -207,11 +207,17 @@ func TestProxmoxLife(t *testing.T) {
 	if out, code := command("lxc-attach", "-P", lxcPath, "-n", "100", "--clear-env", "--", "/bin/cat", "/kept"); code != 0 || out != "kept\n" {
 		t.Errorf("lxc-attach: %d, %s", code, out)
 	}
-	for _, verb := range [][2]string{{"lxc-freeze", "FROZEN"}, {"lxc-unfreeze", "RUNNING"}} {
-		out, code := command(verb[0], "-P", lxcPath, "-n", "100")
+	for _, verb := range []struct {
+		program, state string
+		status         client.ProcessStatus
+	}{{"lxc-freeze", "FROZEN", client.Paused}, {"lxc-unfreeze", "RUNNING", client.Running}} {
+		out, code := command(verb.program, "-P", lxcPath, "-n", "100")
 		state, _ := command("lxc-info", "-P", lxcPath, "-n", "100", "-s")
-		if code != 0 || !strings.Contains(state, verb[1]) {
-			t.Errorf("%s: %s, %s", verb[0], out, state)
+		if code != 0 || !strings.Contains(state, verb.state) {
+			t.Errorf("%s: %s, %s", verb.program, out, state)
+		}
+		if st, err := b.task.Status(b.ctx); err != nil || st.Status != verb.status {
+			t.Errorf("%s: containerd says %v, %v", verb.program, st, err)
 		}
 	}
 

@@ -240,6 +240,18 @@ func (c *cgroup) freeze(on bool) error {
 	return nil
 }
 
+// frozen is what was asked for last, by whomever. Errors: NotFound, the container has ended.
+func (c *cgroup) frozen() (bool, error) {
+	text, err := os.ReadFile(filepath.Join(c.payloadDir(), "cgroup.freeze"))
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ENODEV) {
+		return false, fmt.Errorf("freezer of %s: %w", c.path, errdefs.ErrNotFound)
+	}
+	if err != nil {
+		return false, fmt.Errorf("freezer of %s: %w", c.path, err)
+	}
+	return strings.TrimSpace(string(text)) == "1", nil
+}
+
 func (c *cgroup) update(spec *specs.LinuxResources) error {
 	r, err := resources(spec)
 	if err != nil {

@@ -396,6 +396,10 @@ func (c *Container) Pause(_ context.Context) error { return c.cgroup.freeze(true
 // Resume thaws what Pause froze.
 func (c *Container) Resume(_ context.Context) error { return c.cgroup.freeze(false) }
 
+// Frozen says whether the container is paused: by Pause, or by LXC's own tools
+// (lxc-freeze(1), and so `pct suspend`), which do the same. Errors: NotFound, it has ended.
+func (c *Container) Frozen() (bool, error) { return c.cgroup.frozen() }
+
 // Update changes the limits; fields that are nil stay as they are.
 func (c *Container) Update(_ context.Context, r *specs.LinuxResources) error {
 	return c.cgroup.update(r)

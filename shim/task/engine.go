@@ -23,6 +23,7 @@ type Container interface {
 	KillAll(ctx context.Context, sig unix.Signal) error
 	Pause(ctx context.Context) error
 	Resume(ctx context.Context) error
+	Frozen() (bool, error)
 	Update(ctx context.Context, r *specs.LinuxResources) error
 	Pids(ctx context.Context) ([]int, error)
 	CgroupPath() string

@@ -548,6 +548,11 @@ func (s *Service) State(_ context.Context, r *api.StateRequest) (*api.StateRespo
 	if err != nil {
 		return nil, err
 	}
+	if r.ExecID == "" {
+		if err := s.look(p.task); err != nil {
+			return nil, err
+		}
+	}
 	st, pid, exit, _ := p.current()
 	response := &api.StateResponse{
 		ID: p.id(), Bundle: p.task.bundle, Pid: uint32(pid), Status: st.apiStatus(), ExecID: r.ExecID,
@@ -616,6 +621,9 @@ func (s *Service) freeze(id string, from, to status, event any, f func(Container
 		return nil, err
 	}
 	p := t.init
+	if err := s.look(t); err != nil {
+		return nil, err
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.status != from {
@@ -627,6 +635,30 @@ func (s *Service) freeze(id string, from, to status, event any, f func(Container
 	p.status = to
 	s.events.put(event)
 	return empty, nil
+}
+
+// look takes over what somebody else did: LXC's own tools pause and resume a
+// container as well.
+func (s *Service) look(t *taskState) error {
+	p := t.init
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.status != running && p.status != paused {
+		return nil
+	}
+	frozen, err := t.container.Frozen()
+	switch {
+	case errdefs.IsNotFound(err): // its end is on the way
+	case err != nil:
+		return fmt.Errorf("task %s: %w", t.id, err)
+	case frozen && p.status == running:
+		p.status = paused
+		s.events.put(&eventsapi.TaskPaused{ContainerID: t.id})
+	case !frozen && p.status == paused:
+		p.status = running
+		s.events.put(&eventsapi.TaskResumed{ContainerID: t.id})
+	}
+	return nil
 }
 
 // Pids are all processes of the container, the execs with their ids.

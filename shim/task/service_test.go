@@ -13,6 +13,7 @@ import (
 
 	v2 "github.com/containerd/containerd/api/runtime/task/v2"
 	api "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/containerd/v2/core/events"
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -24,10 +25,14 @@ import (
 )
 
 // fake is an engine and its containers, without LXC.
-type fake struct{ execErr, startErr error }
+type fake struct {
+	execErr, startErr error
+	made              *fakeContainer // the last one
+}
 
 func (f *fake) Create(_ context.Context, _ lxc.Config, _ lxc.CreateOptions) (Container, error) {
-	return &fakeContainer{fakeProcess: newFake(100), engine: f}, nil
+	f.made = &fakeContainer{fakeProcess: newFake(100), engine: f}
+	return f.made, nil
 }
 
 type fakeProcess struct {
@@ -55,6 +60,7 @@ type fakeContainer struct {
 	engine *fake
 	mu     sync.Mutex
 	execs  []*fakeProcess
+	frozen bool
 }
 
 func (c *fakeContainer) Start(context.Context) error { return c.engine.startErr }
@@ -77,13 +83,31 @@ func (c *fakeContainer) KillAll(ctx context.Context, sig unix.Signal) error {
 	}
 	return nil
 }
-func (c *fakeContainer) Pause(context.Context) error                         { return nil }
-func (c *fakeContainer) Resume(context.Context) error                        { return nil }
+func (c *fakeContainer) Pause(context.Context) error                         { c.freeze(true); return nil }
+func (c *fakeContainer) Resume(context.Context) error                        { c.freeze(false); return nil }
 func (c *fakeContainer) Update(context.Context, *specs.LinuxResources) error { return nil }
 func (c *fakeContainer) Pids(context.Context) ([]int, error)                 { return []int{100, 200}, nil }
 func (c *fakeContainer) CgroupPath() string                                  { return "/containerd-pve-test/none" }
 func (c *fakeContainer) OOMKills() uint64                                    { return 0 }
 func (c *fakeContainer) Delete(context.Context) error                        { return nil }
+
+// freeze is what LXC's own tools do as well.
+func (c *fakeContainer) freeze(on bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.frozen = on
+}
+
+func (c *fakeContainer) Frozen() (bool, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	select {
+	case <-c.done:
+		return false, errdefs.ErrNotFound
+	default:
+		return c.frozen, nil
+	}
+}
 
 type recorder struct {
 	mu     sync.Mutex
@@ -169,6 +193,58 @@ func TestCallsAndErrors(t *testing.T) {
 	}
 	want := strings.Fields("create start exec-added exec-started paused resumed exit exit delete")
 	if !slices.Equal(r.topics, want) {
+		t.Errorf("events %v, want %v", r.topics, want)
+	}
+}
+
+// TestPausedByOthers: LXC's own tools pause and resume a container, which is
+// seen, said and undone as one's own.
+func TestPausedByOthers(t *testing.T) {
+	f := &fake{}
+	s, r, bundle := service(t, f)
+	ctx := t.Context()
+	_, err := s.Create(ctx, &api.CreateTaskRequest{ID: "a", Bundle: bundle})
+	if err != nil {
+		t.Fatal(err)
+	}
+	state := func(want task.Status) {
+		t.Helper()
+		if st, err := s.State(ctx, &api.StateRequest{ID: "a"}); err != nil || st.Status != want {
+			t.Errorf("%v, %v, not %v", st, err, want)
+		}
+	}
+	state(task.Status_CREATED)
+	if _, err := s.Start(ctx, &api.StartRequest{ID: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	state(task.Status_RUNNING)
+	f.made.freeze(true)
+	state(task.Status_PAUSED)
+	if _, err := s.Pause(ctx, &api.PauseRequest{ID: "a"}); !errdefs.IsFailedPrecondition(err) {
+		t.Error(err)
+	}
+	if _, err := s.Resume(ctx, &api.ResumeRequest{ID: "a"}); err != nil {
+		t.Error(err)
+	}
+	state(task.Status_RUNNING)
+	if _, err := s.Pause(ctx, &api.PauseRequest{ID: "a"}); err != nil {
+		t.Error(err)
+	}
+	f.made.freeze(false)
+	if _, err := s.Pause(ctx, &api.PauseRequest{ID: "a"}); err != nil {
+		t.Errorf("paused again after somebody resumed it: %v", err)
+	}
+	if _, err := s.Kill(ctx, &api.KillRequest{ID: "a", Signal: 9}); err != nil {
+		t.Error(err)
+	}
+	if _, err := s.Wait(ctx, &api.WaitRequest{ID: "a"}); err != nil {
+		t.Error(err)
+	}
+	state(task.Status_STOPPED)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if want := strings.Fields("create start paused resumed paused resumed paused exit"); !slices.Equal(r.topics, want) {
 		t.Errorf("events %v, want %v", r.topics, want)
 	}
 }
