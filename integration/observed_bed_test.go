@@ -48,6 +48,7 @@ func tool(t *testing.T, args ...string) (stdout, stderr string, err error) {
 
 // TestSnapshots: the list is what ZFS holds, and says whose it is.
 func TestSnapshots(t *testing.T) {
+	collect(t) // what the test before has left is not destroyed meanwhile
 	b := start(t, options{args: []string{"sleep", "1000"}})
 	id := b.container.ID()
 	image, err := b.client.GetImage(b.ctx, debian)

@@ -238,10 +238,9 @@ func TestProxmoxBehind(t *testing.T) {
 	}
 	must(t, os.Remove(conf))
 	_, err = b.container.NewTask(b.ctx, cio.NullIO)
-	if err == nil {
-		t.Error("it starts without its disk")
+	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "remove the container") {
+		t.Errorf("without its disk: %v", err)
 	}
-	t.Log(err)
 	b.remove()
 	eventually(t, time.Minute, "nothing is left", func() bool {
 		records, err := os.ReadDir("/var/lib/containerd-pve/proxmox")
@@ -274,6 +273,8 @@ func TestProxmoxBehind(t *testing.T) {
 	if out, code := command("zfs", "destroy", volume+"@mine"); code != 0 {
 		t.Error(out)
 	}
+	// It was asked for once; it is tried again when another snapshot is removed.
+	served(t)
 	eventually(t, time.Minute, "the volume is gone", func() bool {
 		collect(t)
 		_, code := command("zfs", "list", volume)

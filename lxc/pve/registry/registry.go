@@ -215,7 +215,7 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 		rec = Record{c.Namespace, c.ID, vmid, self, volume.Dataset, string(conf.Bytes())}
 		return conf, r.write(file, rec)
 	}
-	made, err := r.vmid(ctx, &rec, want, &c, of)
+	made, err := r.vmid(ctx, &rec, want, &c, disk.Dataset, of)
 	if err == nil && made {
 		// Whoever asked may have gone on without it, with the disk where it is.
 		err = ctx.Err()
@@ -257,8 +257,8 @@ func (r *Registry) undo(ctx context.Context, file string, rec Record) error {
 }
 
 // vmid finds the container's conf, or has one made and says so. rec is what is
-// written down of it, before and after.
-func (r *Registry) vmid(ctx context.Context, rec *Record, want int, c *pve.Container, of func(int) (*pve.Conf, error)) (made bool, err error) {
+// written down of it, before and after; dataset is where its disk is now.
+func (r *Registry) vmid(ctx context.Context, rec *Record, want int, c *pve.Container, dataset string, of func(int) (*pve.Conf, error)) (made bool, err error) {
 	if rec.VMID != 0 {
 		conf, err := r.conf(ctx, rec)
 		switch {
@@ -274,6 +274,13 @@ func (r *Registry) vmid(ctx context.Context, rec *Record, want int, c *pve.Conta
 		// taken again if nobody else has it.
 		again := of
 		if rec.Conf != "" {
+			there, err := r.hasDisk(ctx, dataset)
+			if err == nil && !there {
+				err = fmt.Errorf("somebody destroyed VMID %d with its disk %s: remove the container: %w", rec.VMID, dataset, errdefs.ErrFailedPrecondition)
+			}
+			if err != nil {
+				return false, err
+			}
 			again = func(int) (*pve.Conf, error) {
 				conf := pve.Parse([]byte(rec.Conf))
 				return conf, c.Limits.Update(conf, r.host)
@@ -286,6 +293,14 @@ func (r *Registry) vmid(ctx context.Context, rec *Record, want int, c *pve.Conta
 	}
 	_, err = r.node.Register(ctx, want, of)
 	return true, err
+}
+
+// hasDisk says whether a dataset is there; a container without one has a directory.
+func (r *Registry) hasDisk(ctx context.Context, dataset string) (bool, error) {
+	if dataset == "" {
+		return true, nil
+	}
+	return r.disks.Exists(ctx, dataset)
 }
 
 // conf reads the conf of a record. After this node was renamed it is fetched from

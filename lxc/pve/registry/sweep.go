@@ -67,11 +67,9 @@ func (r *Registry) repair(ctx context.Context, rec *Record) error {
 	if !errdefs.IsNotFound(err) {
 		return err
 	}
-	if rec.Dataset != "" {
-		if there, err := r.disks.Exists(ctx, rec.Dataset); err != nil || !there {
-			log.G(ctx).Debugf("container %s: its disk %s was destroyed, and its conf %d removed", rec.ID, rec.Dataset, rec.VMID)
-			return err
-		}
+	if there, err := r.hasDisk(ctx, rec.Dataset); err != nil || !there {
+		log.G(ctx).Debugf("container %s: its disk %s was destroyed, and its conf %d removed", rec.ID, rec.Dataset, rec.VMID)
+		return err
 	}
 	if rec.Conf == "" {
 		return nil

@@ -70,6 +70,10 @@ func TestSweep(t *testing.T) {
 	if got := r.text(t, 103); got != text {
 		t.Errorf("it is written again otherwise:\n%s\nnot\n%s", got, text)
 	}
+	if _, _, err := r.Register(t.Context(), 0, container("destroyed"), Disk{Dataset: d.gone[0]}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "remove the container") {
+		t.Errorf("without its disk: %v", err)
+	}
+	r.has(t, 100, 102, 103)
 	// What an administrator wrote is kept when it is written again.
 	if err := os.Remove(r.confFile("102")); err != nil {
 		t.Fatal(err)
