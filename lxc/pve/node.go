@@ -66,7 +66,7 @@ func (n *Node) Name() (string, error) {
 func (n *Node) ready() error {
 	_, err := os.Stat(filepath.Join(n.Root, ".vmlist"))
 	if errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("Proxmox's cluster filesystem is not at %s (`systemctl status pve-cluster`): %w: %w", n.Root, err, errdefs.ErrUnavailable)
+		return fmt.Errorf("the cluster filesystem of Proxmox is not at %s (`systemctl status pve-cluster`): %w: %w", n.Root, err, errdefs.ErrUnavailable)
 	}
 	if err != nil {
 		return n.failed("Proxmox's cluster filesystem", err)

@@ -100,7 +100,7 @@ func answer[Response any](ctx context.Context, f func() (Response, error)) (Resp
 		return r.a, r.err
 	case <-ctx.Done():
 		var none Response
-		return none, fmt.Errorf("Proxmox's cluster filesystem did not answer in time (`systemctl status pve-cluster`): %w", errdefs.ErrUnavailable)
+		return none, fmt.Errorf("the cluster filesystem of Proxmox did not answer in time (`systemctl status pve-cluster`): %w", errdefs.ErrUnavailable)
 	}
 }
 
