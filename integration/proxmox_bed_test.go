@@ -167,6 +167,10 @@ func TestProxmoxLife(t *testing.T) {
 	if f := strings.Fields(out); code != 0 || len(f) != 2 || f[0] == "0" || f[1] != strings.TrimSpace(parent)+"/subvol-100-disk-0" {
 		t.Errorf("the volume: %s", out)
 	}
+	dir := strings.TrimSpace(parent) + "/subvol-100-disk-0"
+	if _, err := os.Stat(dir + "/etc/passwd"); err != nil {
+		t.Errorf("Proxmox's tools do not see its files: %v", err)
+	}
 	if out, _, err := b.execIn(sh("findmnt -no SOURCE / || grep ' / ' /proc/mounts; echo kept >/kept"), nil); err != nil || !strings.Contains(out, volume) {
 		t.Errorf("the root is %s, %v", out, err)
 	}
@@ -255,6 +259,9 @@ func TestProxmoxLife(t *testing.T) {
 	collect(t)
 	if out, code := command("zfs", "list", volume); code == 0 {
 		t.Errorf("the volume is left: %s", out)
+	}
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("its directory is left: %v", err)
 	}
 }
 

@@ -105,6 +105,14 @@ func startMonitor(start string, st *state, bundle string, stdio Stdio, extra []*
 			if err := unix.Mount(private, shared, "", unix.MS_BIND, ""); err != nil {
 				return fmt.Errorf("bind %s on %s: %w", private, shared, err)
 			}
+			if p := t.process.AppArmorProfile; p != "" && p != "unconfined" {
+				// Profiles for containers let the host's unconfined processes send signals.
+				// lxc-start has a profile by its path, and its signals, of lxc-stop(1) for example,
+				// would be refused.
+				if err := os.WriteFile("/proc/thread-self/attr/apparmor/exec", []byte("exec unconfined"), 0); err != nil {
+					return fmt.Errorf("lxc-start without AppArmor's profile for it: %w", err)
+				}
+			}
 			if t.time != nil && t.time.path == "" {
 				if err := newTimeNamespace(t.time.offsets); err != nil {
 					return err

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync"
@@ -13,7 +15,9 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/moby/sys/mountinfo"
 	bolt "go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
@@ -30,6 +34,55 @@ type Placer interface {
 	// Errors: NotFound, no snapshot of ours; FailedPrecondition, it is not active;
 	// AlreadyExists, the name is taken; those of ZFS, which leave it where it was.
 	Place(ctx context.Context, dataset, to string, props zfs.Properties) error
+	// Show mounts a filesystem that has a place where its property mountpoint says,
+	// until it is destroyed; it is done if it was before.
+	Show(ctx context.Context, dataset string) error
+}
+
+// Show mounts a filesystem that has a place where its property mountpoint says.
+// Proxmox's tools take it for mounted there once it is mounted at all, and a container's
+// is mounted in its bundle. Programs of it get no privileges from there.
+func (s *snapshotter) Show(ctx context.Context, dataset string) error {
+	dir, err := s.shownAt(ctx, dataset)
+	if err != nil || dir == "" {
+		return err
+	}
+	if mounted, err := mountinfo.Mounted(dir); err == nil && mounted {
+		return nil
+	}
+	err = os.MkdirAll(dir, 0o755)
+	if err == nil {
+		err = unix.Mount(dataset, dir, "zfs", unix.MS_NOSUID|unix.MS_NODEV, "")
+	}
+	if err != nil {
+		return fmt.Errorf("mounting %s at %s: %w", dataset, dir, err)
+	}
+	return nil
+}
+
+// shownAt is the directory that Show mounts at; empty if there is none.
+func (s *snapshotter) shownAt(ctx context.Context, dataset string) (string, error) {
+	dir, err := s.zfs.Property(ctx, dataset, "mountpoint")
+	if !filepath.IsAbs(dir) {
+		dir = "" // legacy, none
+	}
+	return dir, err
+}
+
+// hide undoes Show for a filesystem that is to be destroyed. If it cannot, that
+// cannot be either.
+func (s *snapshotter) hide(ctx context.Context, dataset string) {
+	dir, err := s.shownAt(ctx, dataset)
+	if err != nil || dir == "" {
+		return
+	}
+	if mounted, err := mountinfo.Mounted(dir); err == nil && mounted {
+		if err := unix.Unmount(dir, unix.UMOUNT_NOFOLLOW); err != nil {
+			log.G(ctx).WithError(err).WithField("dataset", dataset).Debugf("it stays mounted at %s", dir)
+			return
+		}
+	}
+	_ = os.Remove(dir) // an empty directory only
 }
 
 // places are the datasets that are not called by their ids, by their ids. The

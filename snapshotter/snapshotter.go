@@ -529,6 +529,9 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 	victims := make([]string, 0, 2*len(ids))
 	for _, n := range ids {
 		id := strconv.FormatUint(n, 10)
+		if name := s.places.get(id); name != "" {
+			s.hide(ctx, name)
+		}
 		victims = append(victims, s.name(id)+committed, s.name(id))
 		s.objects.forget(id)
 	}

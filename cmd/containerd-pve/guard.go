@@ -31,11 +31,31 @@ func guardCommand() *cobra.Command {
 			if conf.Root == "" {
 				conf.Root = defaultRoot
 			}
-			return guard(recordsOf(conf), args[0], args[1], os.Getenv("LXC_NAME"))
+			name := os.Getenv("LXC_NAME")
+			err = guard(recordsOf(conf), args[0], args[1], name)
+			if err != nil {
+				warn(proxmoxRun, name, err)
+			}
+			return err
 		},
 	}
 	c.Flags().StringVarP(&path, "config", "c", defaultConfig, "configuration `file`")
 	return c
+}
+
+// proxmoxRun is where Proxmox's tools look for warnings of a container that they
+// started (lxc-pve-prestart-hook; PVE::LXC, vm_start).
+const proxmoxRun = "/run/pve"
+
+// warn has Proxmox show why: what a hook writes otherwise is in LXC's debugging
+// log only.
+func warn(dir, name string, why error) {
+	f, err := os.OpenFile(filepath.Join(dir, "ct-"+name+".warnings"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
+		return // it is refused all the same
+	}
+	fmt.Fprintf(f, "containerd-pve: %v\n", why)
+	_ = f.Close()
 }
 
 // recordsOf is where the registry's records are.

@@ -23,6 +23,11 @@ func TestGuard(t *testing.T) {
 			t.Errorf("%v: %v", restored, err)
 		}
 	}
+	warn(dir, "100", err)
+	warn(filepath.Join(dir, "none"), "100", err)
+	if text, err := os.ReadFile(filepath.Join(dir, "ct-100.warnings")); err != nil || !strings.HasPrefix(string(text), "containerd-pve: container 100 belongs to containerd") || !strings.HasSuffix(string(text), "\n") {
+		t.Errorf("%q, %v", text, err)
+	}
 	if err := os.WriteFile(filepath.Join(dir, "default--bad"), []byte(`{`), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -82,6 +82,8 @@ func (d *disks) Move(ctx context.Context, dataset string, to registry.Volume) er
 	return d.store.Place(ctx, dataset, to.Dataset, zfs.Properties{"refquota": strconv.FormatInt(to.Size, 10), "acltype": "posix", "xattr": "sa"})
 }
 
+func (d *disks) Show(ctx context.Context, dataset string) error { return d.store.Show(ctx, dataset) }
+
 func (d *disks) Exists(ctx context.Context, dataset string) (bool, error) {
 	_, err := d.zfs.Space(ctx, dataset)
 	if errdefs.IsNotFound(err) {
@@ -136,7 +138,7 @@ func newProxmox(conf config, z zfs.Way, s snapshotter.Store, conn *grpc.ClientCo
 	if err != nil {
 		return nil, err
 	}
-	host.IDMap = pve.KnowsIDMap(thisProxmox.version("pve-container"))
+	host.Env = pve.KnowsEnv(thisProxmox.version("pve-container"), thisProxmox.version("lxc-pve"))
 	d := &disks{conf: conf, node: node, zfs: z, store: s}
 	r, err := registry.New(node, recordsOf(conf), program, host, d)
 	if err != nil {

@@ -55,18 +55,23 @@ const Tag = "containerd"
 // for memory and swap of a conf that says nothing.
 type Host struct {
 	Memory, Swap int64 // bytes
-	// IDMap says whether Proxmox knows the option idmap of a volume, see KnowsIDMap.
-	IDMap bool
+	// Env says whether Proxmox knows entrypoint and environment, see KnowsEnv.
+	Env bool
 }
 
-// KnowsIDMap says whether pve-container of that version maps the ids of a volume
-// when it mounts it: since 6.1.6 (its debian/changelog). Older ones take no conf with the option.
-func KnowsIDMap(version string) bool {
-	end := strings.IndexFunc(version, func(r rune) bool { return r != '.' && (r < '0' || r > '9') })
-	if end < 0 {
-		end = len(version)
+// KnowsEnv says whether these versions of Debian's packages pve-container and
+// lxc-pve know a container's entrypoint and environment: since 6.0.15 and 6.0.5-3. Older tools
+// warn at each use, and older LXC refuses the whole conf. One that is not
+// installed is taken for new.
+func KnowsEnv(container, lxc string) bool {
+	atLeast := func(version, want string) bool {
+		end := strings.IndexFunc(version, func(r rune) bool { return r != '.' && r != '-' && (r < '0' || r > '9') })
+		if end < 0 {
+			end = len(version)
+		}
+		return version == "" || semver.Compare("v"+version[:end], want) >= 0
 	}
-	return semver.Compare("v"+version[:end], "v6.1.6") >= 0
+	return atLeast(container, "v6.0.15") && atLeast(lxc, "v6.0.5-3")
 }
 
 // ReadHost asks the kernel.
@@ -91,17 +96,12 @@ func (c *Container) Conf(host Host) (*Conf, error) {
 	if !ok {
 		return nil, fmt.Errorf("conf: Proxmox knows no architecture %q: %w", c.Arch, errdefs.ErrInvalidArgument)
 	}
-	rootfs := c.Rootfs
-	if c.Unprivileged && host.IDMap && !strings.HasPrefix(rootfs, "/") {
-		// Its files are root's on the disk, as the image's layers have them.
-		rootfs += ",idmap=passthrough"
-	}
 	hostname := c.Hostname
 	if check("hostname", hostname) != nil {
 		hostname = HostnameOf(c.ID)
 	}
 	for _, p := range [][2]string{
-		{"arch", arch}, {"cmode", "shell"}, {"hostname", hostname}, {"ostype", "unmanaged"}, {"rootfs", rootfs},
+		{"arch", arch}, {"cmode", "shell"}, {"hostname", hostname}, {"ostype", "unmanaged"}, {"rootfs", c.Rootfs},
 		{"tags", strings.Join(c.tags(), ";")}, {"unprivileged", map[bool]string{false: "0", true: "1"}[c.Unprivileged]},
 	} {
 		if err := conf.Set(p[0], p[1]); err != nil {
@@ -117,8 +117,10 @@ func (c *Container) Conf(host Host) (*Conf, error) {
 		return nil, err
 	}
 	var left []string
-	line, ok := Entrypoint(c.Args)
-	if !ok || conf.Set("entrypoint", line) != nil {
+	env := c.Env
+	if line, ok := Entrypoint(c.Args); !host.Env {
+		left, env = append(left, "entrypoint and environment, which this version of Proxmox does not know"), nil
+	} else if !ok || conf.Set("entrypoint", line) != nil {
 		left = append(left, "the entrypoint")
 	}
 	var entries []Entry
@@ -128,7 +130,7 @@ func (c *Container) Conf(host Host) (*Conf, error) {
 	if c.Guard != "" {
 		entries = append(entries, Entry{"lxc.hook.pre-start", c.Guard})
 	}
-	for _, v := range c.Env {
+	for _, v := range env {
 		e := Entry{"lxc.environment.runtime", v}
 		if !variable.MatchString(v) || checkLXC(e) != nil {
 			name, _, _ := strings.Cut(v, "=")

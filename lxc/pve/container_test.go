@@ -35,7 +35,7 @@ func TestGolden(t *testing.T) {
 			Arch: "arm64", Hostname: "web-7d9c", Rootfs: "tank:subvol-101-disk-0,size=8G", Unprivileged: true, Args: []string{"/pause"},
 			Limits: Limits{Memory: 300*mib + 1, Swap: 0, Quota: 150_000, Period: 100_000, Weight: 39},
 		},
-		"mapped": {Namespace: "default", ID: "db", Arch: "amd64", Rootfs: "tank:subvol-101-disk-0,size=8G", Unprivileged: true, Args: []string{"true"}},
+		"old": {Namespace: "default", ID: "db", Arch: "amd64", Rootfs: "tank:subvol-101-disk-0,size=8G", Args: []string{"true"}, Env: []string{"A=1"}},
 		"hostile": {
 			Namespace: "a b;c", ID: "../\nlock: backup", Image: "x\nmemory: 16\n[snap]", Digest: "é%41:", Arch: "amd64", Hostname: "a\nb",
 			Rootfs: "/var/lib/x", Args: []string{"sh", "-c", "echo 'it'"}, Limits: Limits{Memory: 1, Swap: -1, Quota: 1, Period: 1_000_000, Weight: 10000},
@@ -44,7 +44,7 @@ func TestGolden(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := host
-			h.IDMap = name != "pod" // as a node of Proxmox VE 8
+			h.Env = name != "old" // as a node of Proxmox VE 8
 			conf, err := c.Conf(h)
 			if err != nil {
 				t.Fatal(err)
@@ -69,12 +69,13 @@ func TestGolden(t *testing.T) {
 	}
 }
 
-func TestKnowsIDMap(t *testing.T) {
-	for version, want := range map[string]bool{
-		"6.1.10": true, "6.1.6": true, "6.1.6~bpo1": true, "6.2.0-1": true, "7.0": true, "6.1.5": false, "6.0.19": false, "5.3.0": false, "": false, "x": false,
+func TestKnowsEnv(t *testing.T) {
+	for versions, want := range map[[2]string]bool{
+		{"6.1.10", "6.0.5-3"}: true, {"6.0.15", "6.0.5-10"}: true, {"6.0.15~bpo1", "6.0.5-3~1"}: true, {"7.0", "7.0.0-1"}: true, {"", ""}: true,
+		{"6.0.14", "6.0.5-3"}: false, {"5.3.0", "6.0.0-1"}: false, {"6.1.10", "6.0.5-2"}: false, {"6.1.10", "6.0.4-2"}: false, {"x", ""}: false,
 	} {
-		if KnowsIDMap(version) != want {
-			t.Errorf("%q: %v", version, !want)
+		if KnowsEnv(versions[0], versions[1]) != want {
+			t.Errorf("%q: %v", versions, !want)
 		}
 	}
 }

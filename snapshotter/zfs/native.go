@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"path"
 	"slices"
 	"strconv"
 	"strings"
@@ -296,10 +297,29 @@ type Dataset struct {
 
 // Property is a property's value in the words of `zfs get -p`, or Unset.
 func (d *Dataset) Property(name string) string {
+	if name == "mountpoint" {
+		return d.mountpoint()
+	}
 	if v, ok := property(name, d.properties); ok {
 		return v
 	}
 	return Unset
+}
+
+// mountpoint is what libzfs makes of the property: one that a parent has, or that
+// nobody gave, goes on with the rest of the name.
+func (d *Dataset) mountpoint() string {
+	v, ok := property("mountpoint", d.properties)
+	if !ok {
+		return "/" + d.Name
+	}
+	entry, _ := d.properties["mountpoint"].(nvlist.List)
+	source, _ := entry["source"].(string)
+	rest, inherited := strings.CutPrefix(d.Name, source+"/")
+	if !inherited || !strings.HasPrefix(v, "/") {
+		return v
+	}
+	return path.Join(v, rest)
 }
 
 func described(c *command, properties nvlist.List) *Dataset {

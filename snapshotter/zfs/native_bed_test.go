@@ -54,6 +54,17 @@ func TestNative(t *testing.T) {
 	is("off 0 - 1", "get", "-Hpo", "value", "readonly,refquota,x:y,x:z", a)
 
 	must(n.Create(ctx, pool+"/z", nil))
+	must(n.Create(ctx, pool+"/m", Properties{"mountpoint": "/nowhere/m", "canmount": "noauto"}))
+	must(n.Create(ctx, pool+"/m/c", nil))
+	for _, name := range []string{pool, a, pool + "/z", pool + "/m", pool + "/m/c"} {
+		v, err := n.Property(ctx, name, "mountpoint")
+		if err != nil {
+			t.Error(err)
+		}
+		is(v, "get", "-Ho", "value", "mountpoint", name)
+	}
+	must(n.Destroy(ctx, pool+"/m/c"))
+	must(n.Destroy(ctx, pool+"/m"))
 	must(n.Snapshots(ctx, []string{a + "@1", pool + "/z@1"}, nil))
 	must(n.Snapshots(ctx, []string{a + "@2", pool + "/z@2"}, Properties{"x:s": "t"}))
 	must(n.DestroySnapshots(ctx, []string{pool + "/z@1", pool + "/z@2", pool + "/z@none"}, false))

@@ -45,6 +45,8 @@ type Disks interface {
 	Volume(ctx context.Context, vmid int, dataset string) (Volume, error)
 	// Move renames dataset to the volume's, and limits it. It is done if it was before.
 	Move(ctx context.Context, dataset string, to Volume) error
+	// Show mounts a volume where Proxmox's tools look for its files.
+	Show(ctx context.Context, dataset string) error
 	// Exists says whether there is a dataset of that name.
 	Exists(ctx context.Context, dataset string) (bool, error)
 	// DatasetOf is the dataset of a volume as a conf names it; empty if it is none on this node.
@@ -238,6 +240,9 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 		if err := r.disks.Move(ctx, disk.Dataset, volume); err != nil {
 			return fail(err)
 		}
+	}
+	if err := r.disks.Show(ctx, volume.Dataset); err != nil {
+		log.G(ctx).WithError(err).Warnf("container %s: Proxmox's tools do not see the files of VMID %d", c.ID, rec.VMID)
 	}
 	return rec.VMID, volume.Dataset, nil
 }

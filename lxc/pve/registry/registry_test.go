@@ -21,6 +21,7 @@ type disks struct {
 	fail  error
 	there string // a volume that is there
 
+	shown   []string
 	gone    []string // datasets that are not there
 	others  []string // datasets that are none of ours
 	dropped []string // snapshots
@@ -36,6 +37,11 @@ func (d *disks) Volume(_ context.Context, vmid int, dataset string) (Volume, err
 		return Volume{}, os.ErrExist
 	}
 	return Volume{Conf: "tank:" + name + ",size=8G", Dataset: "tank/data/" + name, Size: 8 << 30}, nil
+}
+
+func (d *disks) Show(_ context.Context, dataset string) error {
+	d.shown = append(d.shown, dataset)
+	return nil
 }
 
 func (d *disks) Exists(_ context.Context, dataset string) (bool, error) {
@@ -136,6 +142,9 @@ func TestLife(t *testing.T) {
 	}
 	if vmid, _, err := r.Register(ctx, 0, container("db"), Disk{Dataset: "other/7", Directory: "/run/db/rootfs"}); err != nil || vmid != 101 || !strings.Contains(r.text(t, 101), "rootfs: /run/db/rootfs\n") {
 		t.Errorf("a directory: %d, %v", vmid, err)
+	}
+	if want := []string{"tank/data/subvol-100-disk-0", "tank/data/subvol-100-disk-0"}; !slices.Equal(d.shown, want) {
+		t.Errorf("shown %v", d.shown)
 	}
 	if all, err := r.List(); err != nil || len(all) != 2 || all[0].ID != "web" || all[0].VMID != 100 || all[0].Node != "self" || all[0].Conf != r.text(t, 100) || all[1].ID != "db" || all[1].VMID != 101 {
 		t.Errorf("%v, %v", all, err)
