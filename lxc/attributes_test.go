@@ -132,6 +132,12 @@ func TestUnit(t *testing.T) {
 	} {
 		s := minimal()
 		s.Linux.CgroupsPath = c.path
+		if strings.Count(c.path, ":") == 2 { // the path alone says it as well
+			if tr, err := translate(CreateOptions{Namespace: "default", ID: "x", Bundle: "/b", Rootfs: "/b/rootfs", Spec: s}, "default--x"); c.cgroup == "!" && !errdefs.IsInvalidArgument(err) ||
+				c.cgroup != "!" && (err != nil || tr.unit == nil || tr.cgroup != c.cgroup) {
+				t.Errorf("%q without the option: %+v, %v", c.path, tr, err)
+			}
+		}
 		tr, err := translate(CreateOptions{Namespace: "default", ID: "x", Bundle: "/b", Rootfs: "/b/rootfs", Spec: s, SystemdCgroup: true}, "default--x")
 		if c.cgroup == "!" {
 			if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "linux.cgroupsPath") {

@@ -152,7 +152,7 @@ func (h *holder) release() {
 // startScope makes the container's scope.
 func (c *cgroup) startScope(ctx context.Context, u *unit, program *initProgram) (retErr error) {
 	if !systemd.IsRunningSystemd() {
-		return fmt.Errorf("runtime option SystemdCgroup: this host was not booted by systemd: %w", errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("linux.cgroupsPath or the runtime option SystemdCgroup asks for systemd's cgroup driver: this host was not booted by systemd: %w", errdefs.ErrFailedPrecondition)
 	}
 	m, err := u.manager()
 	if err != nil {

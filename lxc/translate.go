@@ -329,22 +329,19 @@ func translate(o CreateOptions, name string) (*translation, error) {
 	return t, nil
 }
 
-// place finds the container's cgroup.
+// place finds the container's cgroup. A path of systemd's form asks for its driver
+// by itself: nerdctl gives the option to runc only.
 func (t *translation) place(path, name string, withSystemd bool) (err error) {
-	if withSystemd {
+	if withSystemd || strings.Count(path, ":") == 2 {
 		if t.unit, err = parseUnit(path, name); err != nil {
 			return err
 		}
 		t.cgroup, err = t.unit.cgroup()
 		return err
 	}
-	switch {
-	case path == "":
+	t.cgroup = filepath.Clean("/" + path)
+	if path == "" {
 		t.cgroup = "/containerd-pve/containers/" + name
-	case strings.Count(path, ":") == 2:
-		return invalid("linux.cgroupsPath %q is for systemd's cgroup driver: set the runtime option SystemdCgroup", path)
-	default:
-		t.cgroup = filepath.Clean("/" + path)
 	}
 	if t.cgroup == "/" {
 		return invalid("linux.cgroupsPath %q is the root", path)

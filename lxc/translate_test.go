@@ -142,7 +142,6 @@ func TestTranslateRefuses(t *testing.T) {
 		{"hostname that is a config line", func(s *specs.Spec) { s.Hostname = "a\nlxc.x = y" }, "lxc.uts.name", errdefs.IsInvalidArgument},
 		{"hostname in quotes", func(s *specs.Spec) { s.Hostname = "'a'" }, "lxc.uts.name", errdefs.IsInvalidArgument},
 		{"namespace path that is a config line", func(s *specs.Spec) { s.Linux.Namespaces[4].Path = "/a\nlxc.x = y" }, "lxc.namespace.share.net", errdefs.IsInvalidArgument},
-		{"systemd's cgroup driver without the option", func(s *specs.Spec) { s.Linux.CgroupsPath = "a.slice:b:c" }, "linux.cgroupsPath", errdefs.IsInvalidArgument},
 		{"root cgroup", func(s *specs.Spec) { s.Linux.CgroupsPath = "/x/.." }, "linux.cgroupsPath", errdefs.IsInvalidArgument},
 		{"swappiness", func(s *specs.Spec) {
 			s.Linux.Resources = &specs.LinuxResources{Memory: &specs.LinuxMemory{Swappiness: &swappiness}}

@@ -285,14 +285,11 @@ func TestScope(t *testing.T) {
 }
 
 // TestEnds: exact codes of containers that end at once, by either kind of
-// options; nothing is left, not even of those that fail.
+// options or by the path alone; nothing is left, not even of those that fail.
 func TestEnds(t *testing.T) {
 	cri := &runtimeoptions.Options{TypeUrl: "runtimeoptions.v1.Options", ConfigBody: []byte("SystemdCgroup = true\n")}
 	for i := range 6 {
-		options, id := any(withSystemd), fmt.Sprintf("end%d", i)
-		if i%2 == 1 {
-			options = cri
-		}
+		options, id := []any{withSystemd, cri, nil}[i%3], fmt.Sprintf("end%d", i)
 		b := start(t, id, options, sh(fmt.Sprintf("cut -d: -f3 /proc/self/cgroup; exit %d", 40+i)), nil)
 		if code := b.wait(); code != uint32(40+i) || b.out.String() != strings.TrimPrefix(slices, "/sys/fs/cgroup")+"/cri-containerd-"+id+".scope/payload\n" {
 			t.Errorf("code %d, %q", code, b.out.String())
