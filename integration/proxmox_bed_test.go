@@ -3,6 +3,7 @@
 package integration
 
 import (
+	"context"
 	"fmt"
 	"net"
 	"os"
@@ -15,6 +16,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/errdefs"
 	"github.com/insomniacslk/dhcp/dhcpv4"
@@ -265,19 +267,33 @@ func TestProxmoxLife(t *testing.T) {
 	}
 }
 
-// TestProxmoxShutdown: `pct shutdown` sends the image's signal, and containerd is told the true exit.
+// TestProxmoxShutdown: `pct shutdown` sends the container's stop signal, and containerd is told the true exit.
 func TestProxmoxShutdown(t *testing.T) {
 	proxmox(t)
-	b := start(t, options{id: "down", args: sh("trap 'exit 7' PWR; touch /ready; while :; do sleep 0.2; done")})
-	eventually(t, time.Minute, "it listens to the signal", func() bool {
-		_, code, err := b.execIn([]string{"test", "-e", "/ready"}, nil)
-		return err == nil && code == 0
-	})
-	if out, code := command("lxc-stop", "-P", lxcPath, "-n", "100", "-t", "30"); code != 0 {
-		t.Fatal(out)
-	}
-	if code := b.ended(time.Minute); code != 7 {
-		t.Errorf("exit code %d", code)
+	for signal, label := range map[string]string{"USR1": "SIGUSR1", "TERM": ""} {
+		b := start(t, options{
+			id: "down", args: sh("trap 'exit 7' " + signal + "; touch /ready; while :; do sleep 0.2; done"),
+			snapshot: func(id string, image client.Image) client.NewContainerOpts {
+				return func(ctx context.Context, c *client.Client, r *containers.Container) error {
+					if label != "" { // `ctr run` takes it from the image
+						r.Labels = map[string]string{"io.containerd.image.config.stop-signal": label}
+					}
+					return client.WithNewSnapshot(id, image)(ctx, c, r)
+				}
+			},
+		})
+		eventually(t, time.Minute, "it listens to the signal", func() bool {
+			_, code, err := b.execIn([]string{"test", "-e", "/ready"}, nil)
+			return err == nil && code == 0
+		})
+		if out, code := command("lxc-stop", "-P", lxcPath, "-n", "100", "--nokill", "-t", "30"); code != 0 {
+			t.Fatal(out)
+		}
+		if code := b.ended(time.Minute); code != 7 {
+			t.Errorf("%s: exit code %d", signal, code)
+		}
+		b.remove()
+		eventually(t, time.Minute, "the conf is gone", func() bool { return noConf(100) })
 	}
 }
 

@@ -20,7 +20,7 @@ import (
 // configKeys are all the keys a configuration of ours may hold.
 var configKeys = map[string]bool{
 	"lxc.rootfs.path": true, "lxc.autodev": true, "lxc.console.path": true, "lxc.tty.max": true, "lxc.pty.max": true,
-	"lxc.apparmor.profile": true, "lxc.hook.mount": true, "lxc.hook.post-stop": true, "lxc.init.cmd": true,
+	"lxc.apparmor.profile": true, "lxc.signal.halt": true, "lxc.hook.mount": true, "lxc.hook.post-stop": true, "lxc.init.cmd": true,
 	"lxc.namespace.clone": true, "lxc.namespace.share.pid": true, "lxc.namespace.share.net": true,
 	"lxc.namespace.share.ipc": true, "lxc.namespace.share.uts": true, "lxc.namespace.share.cgroup": true,
 	"lxc.namespace.share.user": true, "lxc.namespace.share.time": true,

@@ -83,6 +83,9 @@ type CreateOptions struct {
 	Rootfs string
 	// Spec is the parsed config.json.
 	Spec *specs.Spec
+	// StopSignal is what lxc-stop(1) sends first; SIGTERM if 0. liblxc's own, SIGPWR, is
+	// none that an image's program would know.
+	StopSignal int
 	// SystemdCgroup has systemd make the container's cgroup.
 	SystemdCgroup bool
 	// Stdio of the container's init.

@@ -1,6 +1,7 @@
 package lxc
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"path/filepath"
@@ -152,6 +153,7 @@ func translate(o CreateOptions, name string) (*translation, error) {
 	c.set("lxc.pty.max", "0")
 	// pve-init enters the spec's profile when it executes the entrypoint.
 	c.set("lxc.apparmor.profile", "unconfined")
+	c.set("lxc.signal.halt", strconv.Itoa(cmp.Or(o.StopSignal, int(unix.SIGTERM))))
 	// A container whose init called reboot(2) or died of SIGHUP has ended: the
 	// failing hook keeps liblxc from starting it anew. liblxc puts "exec" before
 	// it, so it is no builtin of the shell's.

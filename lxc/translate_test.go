@@ -45,6 +45,7 @@ lxc.console.path = none
 lxc.tty.max = 0
 lxc.pty.max = 0
 lxc.apparmor.profile = unconfined
+lxc.signal.halt = 15
 lxc.hook.post-stop = /usr/bin/test "$LXC_TARGET" != reboot #
 lxc.hook.mount = /proc/self/fd/4 mount 5 #
 lxc.init.cmd = /proc/self/fd/4 init 3

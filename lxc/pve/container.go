@@ -1,6 +1,7 @@
 package pve
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
@@ -28,7 +29,7 @@ type Container struct {
 	Unprivileged bool
 	Nets         []Net // net0 and on
 	Limits       Limits
-	// StopSignal is the number that `pct shutdown` sends; 0: LXC's own.
+	// StopSignal is the number that `pct shutdown` sends; SIGTERM if 0.
 	StopSignal int
 	Args       []string
 	Env        []string // "NAME=value"
@@ -123,10 +124,7 @@ func (c *Container) Conf(host Host) (*Conf, error) {
 	} else if !ok || conf.Set("entrypoint", line) != nil {
 		left = append(left, "the entrypoint")
 	}
-	var entries []Entry
-	if c.StopSignal > 0 {
-		entries = append(entries, Entry{"lxc.signal.halt", strconv.Itoa(c.StopSignal)})
-	}
+	entries := []Entry{{haltKey, strconv.Itoa(cmp.Or(c.StopSignal, int(unix.SIGTERM)))}}
 	if c.Guard != "" {
 		entries = append(entries, Entry{"lxc.hook.pre-start", c.Guard})
 	}
@@ -143,6 +141,21 @@ func (c *Container) Conf(host Host) (*Conf, error) {
 		return nil, err
 	}
 	return conf, conf.SetDescription(c.describe(left))
+}
+
+// haltKey is LXC's key for the signal that asks a container's init to end.
+const haltKey = "lxc.signal.halt"
+
+// StopSignal is the number of the signal that `pct shutdown` sends; 0 if the conf
+// does not say it as a number.
+func (c *Conf) StopSignal() int {
+	n := 0
+	for _, e := range c.LXC() {
+		if e.Key == haltKey {
+			n, _ = strconv.Atoi(e.Value)
+		}
+	}
+	return n
 }
 
 // variable is what Proxmox takes for one of its property env.

@@ -43,6 +43,7 @@ const (
 // registrar is the registry of the node, which the daemon keeps.
 type registrar interface {
 	Register(ctx context.Context, want int, c pve.Container, disk registry.Disk) (vmid int, dataset string, err error)
+	StopSignal(ctx context.Context, namespace, id string) (int, error)
 	Update(ctx context.Context, namespace, id string, limits pve.Limits) error
 }
 
@@ -52,6 +53,8 @@ type proxmox struct {
 	registrar registrar
 	namespace string
 	id        string
+	// stopSignal is what `pct shutdown` sends; 0: not known.
+	stopSignal int
 
 	mu     sync.Mutex
 	limits pve.Limits
@@ -86,6 +89,9 @@ func (p *proxmox) register(ctx context.Context, spec *specs.Spec, nets []pve.Net
 	}
 	if dataset != "" {
 		mounts[0].Source = dataset
+	}
+	if p.stopSignal, err = p.registrar.StopSignal(ctx, p.namespace, p.id); err != nil {
+		return "", err
 	}
 	return strconv.Itoa(vmid), nil
 }

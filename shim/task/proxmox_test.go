@@ -36,6 +36,8 @@ func (a *asked) Register(_ context.Context, want int, c pve.Container, disk regi
 	return 100, "tank/data/subvol-100-disk-0", a.err
 }
 
+func (a *asked) StopSignal(context.Context, string, string) (int, error) { return 10, nil }
+
 func (a *asked) Update(_ context.Context, _, _ string, l pve.Limits) error {
 	a.limits = l
 	return a.err

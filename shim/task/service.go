@@ -238,7 +238,7 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
 	c, err := s.engine.Create(ctx, config, lxc.CreateOptions{
-		Namespace: s.namespace, ID: r.ID, Name: name, Interfaces: veths(nets, name), InnerLimits: name != "", Bundle: r.Bundle, Rootfs: t.rootfs, Spec: spec, SystemdCgroup: o.SystemdCgroup, Stdio: p.io.Child(),
+		Namespace: s.namespace, ID: r.ID, Name: name, Interfaces: veths(nets, name), InnerLimits: name != "", Bundle: r.Bundle, Rootfs: t.rootfs, Spec: spec, StopSignal: t.proxmox.stopSignal, SystemdCgroup: o.SystemdCgroup, Stdio: p.io.Child(),
 	})
 	if err != nil {
 		_ = p.io.Started(nil) // its ends of the pipes are nobody's now

@@ -387,6 +387,16 @@ func (r *Registry) Update(ctx context.Context, namespace, id string, limits pve.
 	return r.with(namespace, id, func(rec Record) error { return r.change(ctx, &rec, limits) })
 }
 
+// StopSignal is the number of the signal that `pct shutdown` is to send to a
+// container, by its conf. Errors: NotFound, it has none.
+func (r *Registry) StopSignal(_ context.Context, namespace, id string) (signal int, err error) {
+	err = r.with(namespace, id, func(rec Record) error {
+		signal = pve.Parse([]byte(rec.Conf)).StopSignal()
+		return nil
+	})
+	return signal, err
+}
+
 // Remove gives the VMID of a container back, with its conf and the snapshots that
 // Proxmox made of it. There is nothing to do for one that has none. Errors: Unavailable, to be tried again.
 func (r *Registry) Remove(ctx context.Context, namespace, id string) error {

@@ -31,6 +31,11 @@ type registerResponse struct {
 	Dataset string `json:"dataset"`
 }
 
+type containerRequest struct {
+	Namespace string `json:"namespace"`
+	ID        string `json:"id"`
+}
+
 type updateRequest struct {
 	Namespace string     `json:"namespace"`
 	ID        string     `json:"id"`
@@ -51,6 +56,9 @@ func Serve(server *ttrpc.Server, r *Registry) {
 		"Register": method(func(ctx context.Context, q registerRequest) (registerResponse, error) {
 			vmid, dataset, err := r.Register(ctx, q.VMID, q.Container, q.Disk)
 			return registerResponse{vmid, dataset}, err
+		}),
+		"StopSignal": method(func(ctx context.Context, q containerRequest) (int, error) {
+			return r.StopSignal(ctx, q.Namespace, q.ID)
 		}),
 		"Update": method(func(ctx context.Context, q updateRequest) (struct{}, error) {
 			return struct{}{}, r.Update(ctx, q.Namespace, q.ID, q.Limits)
@@ -121,6 +129,12 @@ func (c *Client) Register(ctx context.Context, want int, container pve.Container
 // Update is Registry.Update. Errors besides: Unavailable, no daemon answers.
 func (c *Client) Update(ctx context.Context, namespace, id string, limits pve.Limits) error {
 	return c.call(ctx, "Update", updateRequest{namespace, id, limits}, &struct{}{})
+}
+
+// StopSignal is Registry.StopSignal. Errors besides: Unavailable, no daemon answers.
+func (c *Client) StopSignal(ctx context.Context, namespace, id string) (signal int, err error) {
+	err = c.call(ctx, "StopSignal", containerRequest{namespace, id}, &signal)
+	return signal, err
 }
 
 func (c *Client) call(ctx context.Context, name string, q, a any) error {

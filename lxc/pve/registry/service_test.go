@@ -65,6 +65,9 @@ func TestService(t *testing.T) {
 	if got := r.text(t, 500); got != string(want.Bytes()) {
 		t.Errorf("%s\nnot\n%s", got, want.Bytes())
 	}
+	if signal, err := client.StopSignal(ctx, "k8s.io", "x"); err != nil || signal != 3 {
+		t.Errorf("stop signal %d, %v", signal, err)
+	}
 	if err := client.Update(ctx, "k8s.io", "x", pve.Limits{Memory: 128 << 20}); err != nil || !strings.Contains(r.text(t, 500), "memory: 128\n") {
 		t.Errorf("update: %v", err)
 	}
