@@ -20,7 +20,7 @@ const (
 	gib = 1 << 30
 )
 
-var host = Host{Memory: 16 * gib, Swap: 2 * gib}
+var host = Host{Memory: 16 * gib, Swap: 2 * gib, Env: true}
 
 // TestGolden: whole confs.
 func TestGolden(t *testing.T) {
@@ -181,7 +181,7 @@ func TestEntrypoint(t *testing.T) {
 func FuzzContainer(f *testing.F) {
 	f.Add("id", "image", "pod", "arg", "A=1")
 	f.Add("a\nb", "[x]\n", "%0a", "\"x y\"", "A=1\nlxc.hook.mount: x")
-	line := regexp.MustCompile(`^(#.*|(arch|cmode|hostname|memory|ostype|rootfs|swap|tags|unprivileged|entrypoint): .+|lxc\.environment\.runtime: \w+=.*)$`)
+	line := regexp.MustCompile(`^(#.*|(arch|cmode|hostname|memory|ostype|rootfs|swap|tags|unprivileged|entrypoint): .+|lxc\.environment\.runtime: \w+=.*|lxc\.signal\.halt: 15)$`)
 	f.Fuzz(func(t *testing.T, id, image, pod, arg, env string) {
 		c := Container{Namespace: pod, ID: id, Image: image, Digest: image, Pod: pod, PodNamespace: id, Arch: "amd64", Hostname: pod, Rootfs: "tank:subvol-1-disk-0", Args: []string{"x", arg}, Env: []string{env}}
 		conf, err := c.Conf(host)
