@@ -17,9 +17,10 @@ type proxmoxHost struct {
 	cgroups        string
 	packages       string // dpkg's
 	subUID, subGID string
+	apparmor       string // the list of profiles
 }
 
-var thisProxmox = proxmoxHost{"/sys/fs/cgroup", "/var/lib/dpkg/status", "/etc/subuid", "/etc/subgid"}
+var thisProxmox = proxmoxHost{"/sys/fs/cgroup", "/var/lib/dpkg/status", "/etc/subuid", "/etc/subgid", "/sys/kernel/security/apparmor/profiles"}
 
 // check says of a node of Proxmox what its containers need; nothing on any other host.
 func (h proxmoxHost) check(ctx context.Context, conf config) []finding {
@@ -46,7 +47,7 @@ func (h proxmoxHost) check(ctx context.Context, conf config) []finding {
 		err = fmt.Errorf("all of %d to %d are taken: give another vmid_range", r.Lower, r.Upper-1)
 	}
 	list = append(list, result("vmids", fmt.Sprintf("%d to %d, %d of them taken", r.Lower, r.Upper-1, taken), err))
-	list = append(list, h.memory(), h.subIDs(), registryAnswers(ctx, conf.Registry))
+	list = append(list, h.memory(), h.subIDs(), h.signals(), registryAnswers(ctx, conf.Registry))
 	return list
 }
 
@@ -81,6 +82,18 @@ func (h proxmoxHost) subIDs() finding {
 		}
 	}
 	return finding{Name: "subids", OK: true, Detail: "root has some for unprivileged containers"}
+}
+
+// signals: the profiles of containerd and nerdctl for containers take signals from
+// unconfined processes, of which one with a profile of that very kind (AppArmor 4's lxc-stop,
+// flags=(unconfined)) is none.
+func (h proxmoxHost) signals() finding {
+	profiles, err := os.ReadFile(h.apparmor)
+	if err == nil && strings.Contains("\n"+string(profiles), "\nlxc-stop (") {
+		return warning("signals", "AppArmor keeps `pct shutdown` from containers that have a profile (nerdctl's, Kubernetes'): "+
+			"`ln -s /etc/apparmor.d/lxc-stop /etc/apparmor.d/disable/` and `apparmor_parser -R /etc/apparmor.d/lxc-stop` let it")
+	}
+	return finding{Name: "signals", OK: true, Detail: "`pct shutdown` may send them"}
 }
 
 func registryAnswers(ctx context.Context, address string) finding {

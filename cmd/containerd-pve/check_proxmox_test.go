@@ -29,6 +29,7 @@ func TestCheckProxmox(t *testing.T) {
 		cgroups:  filepath.Join(dir, "cgroup"),
 		packages: put("status", "Package: other\nStatus: install ok installed\nVersion: 1\n\nPackage: pve-container\nStatus: install ok installed\nVersion: 6.1.10\n"),
 		subUID:   put("subuid", "root:100000:65536\n"), subGID: put("subgid", "root:100000:65536\n"),
+		apparmor: put("profiles", "lxc-start (enforce)\n"),
 	}
 	conf := config{Dataset: "tank/c", ProxmoxRoot: root, ProxmoxDatabase: filepath.Join(dir, "config.db"), Registry: filepath.Join(dir, "socket")}
 	if list := h.check(ctx, conf); list != nil {
@@ -51,7 +52,7 @@ func TestCheckProxmox(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	if list := h.check(ctx, conf); len(list) != 7 || list[0].Detail != "node self, pve-container 6.1.10" || list[2].Detail != "fast, tank/data" || list[3].Detail != "100 to 999999, 2 of them taken" {
+	if list := h.check(ctx, conf); len(list) != 8 || list[0].Detail != "node self, pve-container 6.1.10" || list[2].Detail != "fast, tank/data" || list[3].Detail != "100 to 999999, 2 of them taken" {
 		t.Errorf("%+v", list)
 	} else {
 		for _, f := range list {
@@ -75,6 +76,8 @@ func TestCheckProxmox(t *testing.T) {
 	}
 	l.Close()
 	says("register", "systemctl restart containerd-pve", false)
+	h.apparmor = put("profiles", "lxc-start (enforce)\nlxc-stop (unconfined)\n")
+	says("signals", "apparmor_parser -R", true)
 	h.subGID = put("empty", "")
 	says("subids", "root:100000:65536", true)
 	put("cgroup/cgroup.controllers", "cpu\n")
