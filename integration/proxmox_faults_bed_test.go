@@ -159,7 +159,7 @@ func TestProxmoxDown(t *testing.T) {
 	b.remove() // its conf stays until it can be removed
 	n.up(t, self)
 	o := start(t, options{id: "after", args: []string{"sleep", "1000"}})
-	eventually(t, 5*time.Minute, "the conf of the one that was removed meanwhile is gone", func() bool { return noConf(100) })
+	eventually(t, 3*time.Minute, "the conf of the one that was removed meanwhile is gone", func() bool { return noConf(100) })
 	if noConf(101) {
 		t.Error("the next one has another VMID")
 	}
@@ -207,7 +207,7 @@ func TestProxmoxBehind(t *testing.T) {
 	n.Leave(self)
 	n.up(t, "renamed")
 	restartDaemon(t)
-	eventually(t, 4*time.Minute, "containerd has cleared up after the shim", func() bool {
+	eventually(t, time.Minute, "containerd has cleared up after the shim", func() bool {
 		b.task, err = b.container.NewTask(b.ctx, cio.NullIO)
 		return !errdefs.IsAlreadyExists(err) && (err == nil || !strings.Contains(err.Error(), "file exists"))
 	})

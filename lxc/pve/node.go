@@ -175,6 +175,11 @@ func (n *Node) ReadAt(node string, vmid int) (*Conf, error) {
 }
 
 func (n *Node) read(vmid int, name string) (*Conf, error) {
+	// That nothing is there is believed if the filesystem was there before and after:
+	// it may come just now.
+	if err := n.ready(); err != nil {
+		return nil, fmt.Errorf("reading the conf of VMID %d: %w", vmid, err)
+	}
 	text, err := os.ReadFile(name)
 	if err != nil {
 		return nil, n.failure("reading the conf of", vmid, err)
