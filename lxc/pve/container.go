@@ -65,14 +65,19 @@ type Host struct {
 // warn at each use, and older LXC refuses the whole conf. One that is not
 // installed is taken for new.
 func KnowsEnv(container, lxc string) bool {
-	atLeast := func(version, want string) bool {
-		end := strings.IndexFunc(version, func(r rune) bool { return r != '.' && r != '-' && (r < '0' || r > '9') })
-		if end < 0 {
-			end = len(version)
-		}
-		return version == "" || semver.Compare("v"+version[:end], want) >= 0
+	return (container == "" || AtLeast(container, "v6.0.15")) && (lxc == "" || AtLeast(lxc, "v6.0.5-3"))
+}
+
+// AtLeast compares a version of Debian's or the kernel's, "6.12.118+deb13-amd64" for
+// example, with one as package semver has it. What follows the numbers counts only if
+// want has a revision, after a hyphen.
+func AtLeast(version, want string) bool {
+	revision := strings.Contains(want, "-")
+	end := strings.IndexFunc(version, func(r rune) bool { return r != '.' && (r != '-' || !revision) && (r < '0' || r > '9') })
+	if end < 0 {
+		end = len(version)
 	}
-	return atLeast(container, "v6.0.15") && atLeast(lxc, "v6.0.5-3")
+	return semver.Compare("v"+version[:end], want) >= 0
 }
 
 // ReadHost asks the kernel.

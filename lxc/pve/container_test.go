@@ -80,6 +80,20 @@ func TestKnowsEnv(t *testing.T) {
 	}
 }
 
+func TestAtLeast(t *testing.T) {
+	for _, c := range []struct {
+		version, want string
+		is            bool
+	}{
+		{"6.12.118+deb13-amd64", "v5.12", true}, {"6.17.2-1-pve", "v5.12", true}, {"5.10.0-30-amd64", "v5.12", false}, {"5.12.0-rc1", "v5.12", true},
+		{"2.3.9-0+deb13u1", "v2.2", true}, {"2.2.0-1", "v2.2", true}, {"2.1.11-1+deb12u1", "v2.2", false}, {"", "v1.0", false}, {"x", "v1.0", false},
+	} {
+		if AtLeast(c.version, c.want) != c.is {
+			t.Errorf("%s, %s: %v", c.version, c.want, !c.is)
+		}
+	}
+}
+
 func TestConfRefused(t *testing.T) {
 	for _, c := range []Container{{Arch: "mips", Rootfs: "/x"}, {Arch: "amd64"}, {Arch: "amd64", Rootfs: "/x\nlock: backup"}} {
 		if _, err := c.Conf(host); !errdefs.IsInvalidArgument(err) {

@@ -211,7 +211,7 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	if err != nil {
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
-	if err := unprivilegedToo(spec, r.Rootfs, &o, hostSubIDs); err != nil {
+	if err := unprivilegedToo(spec, r.Rootfs, &o, thisHost); err != nil {
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
 	name, config, err := t.onProxmox(ctx, spec, nets, r, &o)

@@ -2,6 +2,7 @@ package task
 
 import (
 	"fmt"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -11,6 +12,7 @@ import (
 	"github.com/moby/sys/user"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	"github.com/containerd-pve/containerd-pve/lxc/pve"
 	"github.com/containerd-pve/containerd-pve/shim/options"
 )
 
@@ -20,16 +22,33 @@ const annotationUnprivileged = "io.containerd.pve.unprivileged"
 // idRange is how many ids an unprivileged container has: those of 16 bits, as Proxmox's have.
 const idRange = 65536
 
-// subIDs are the files that say which ids root may give away (subuid(5)).
-type subIDs struct{ uid, gid string }
+// mapHost is where the host says which ids root may give away (subuid(5)), and
+// whether its kernel and its ZFS map those of a mount.
+type mapHost struct{ subUID, subGID, kernel, zfs string }
 
-var hostSubIDs = subIDs{"/etc/subuid", "/etc/subgid"}
+var thisHost = mapHost{"/etc/subuid", "/etc/subgid", "/proc/sys/kernel/osrelease", "/sys/module/zfs/version"}
+
+// canMap says what is too old for a root file system of that type to be mapped by its mount.
+func (h mapHost) canMap(fstype string) error {
+	// mount_setattr(2): since Linux 5.12; zfs(4), zfs-idmap: since 2.2.
+	old := func(what, file, want string) error {
+		text, err := os.ReadFile(file)
+		if version := strings.TrimSpace(string(text)); err == nil && !pve.AtLeast(version, want) {
+			return fmt.Errorf("unprivileged containers need %s %s or later, which maps the owners of files; this host has %s: %w", what, want[1:], version, errdefs.ErrFailedPrecondition)
+		}
+		return nil // what cannot be read is tried
+	}
+	if err := old("Linux", h.kernel, "v5.12"); err != nil || fstype != "zfs" {
+		return err
+	}
+	return old("ZFS", h.zfs, "v2.2")
+}
 
 // unprivilegedToo gives a container that is to have one a user namespace, if its
 // spec has none: with root's first range of ids on this host, and its root file system and
 // volumes mapped by their mounts, so that no file is copied or changed. Errors:
 // InvalidArgument for the annotation; FailedPrecondition, what is missing.
-func unprivilegedToo(spec *specs.Spec, mounts []*types.Mount, o *options.Options, ids subIDs) error {
+func unprivilegedToo(spec *specs.Spec, mounts []*types.Mount, o *options.Options, h mapHost) error {
 	asked := o.Unprivileged
 	if v, there := spec.Annotations[annotationUnprivileged]; there {
 		var err error
@@ -45,12 +64,15 @@ func unprivilegedToo(spec *specs.Spec, mounts []*types.Mount, o *options.Options
 		if m.Type == "overlay" {
 			return fmt.Errorf("an unprivileged container needs a root file system that a mount can map: use the snapshotter pve-zfs, not one of overlays: %w", errdefs.ErrFailedPrecondition)
 		}
+		if err := h.canMap(m.Type); err != nil {
+			return err
+		}
 	}
-	uid, err := mapping(ids.uid)
+	uid, err := mapping(h.subUID)
 	if err != nil {
 		return err
 	}
-	gid, err := mapping(ids.gid)
+	gid, err := mapping(h.subGID)
 	if err != nil {
 		return err
 	}

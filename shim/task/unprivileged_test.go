@@ -24,7 +24,15 @@ func TestUnprivileged(t *testing.T) {
 		}
 		return p
 	}
-	ids := subIDs{put("uid", "u:1:65536\nroot:5:10\nroot:100000:65536\n"), put("gid", "root:200000:70000\n")}
+	ids := mapHost{
+		put("uid", "u:1:65536\nroot:5:10\nroot:100000:65536\n"), put("gid", "root:200000:70000\n"),
+		put("kernel", "6.12.118+deb13-amd64\n"), put("zfs", "2.3.9-0+deb13u1\n"),
+	}
+	with := func(change func(*mapHost)) mapHost {
+		h := ids
+		change(&h)
+		return h
+	}
 	yes := map[string]string{annotationUnprivileged: "true"}
 	made := func(annotations map[string]string, namespaces ...specs.LinuxNamespace) *specs.Spec {
 		return &specs.Spec{Annotations: annotations, Linux: &specs.Linux{Namespaces: namespaces}, Mounts: []specs.Mount{
@@ -69,14 +77,16 @@ func TestUnprivileged(t *testing.T) {
 	for i, c := range []struct {
 		spec  *specs.Spec
 		mount string
-		ids   subIDs
+		ids   mapHost
 		is    func(error) bool
 		says  string
 	}{
 		{made(map[string]string{annotationUnprivileged: "maybe"}), "zfs", ids, errdefs.IsInvalidArgument, "maybe"},
 		{made(yes), "overlay", ids, errdefs.IsFailedPrecondition, "pve-zfs"},
-		{made(yes), "zfs", subIDs{put("none", "u:1:65536\n"), ids.gid}, errdefs.IsFailedPrecondition, "root:100000:65536"},
-		{made(yes), "zfs", subIDs{ids.uid, filepath.Join(dir, "missing")}, errdefs.IsFailedPrecondition, "missing"},
+		{made(yes), "zfs", with(func(h *mapHost) { h.subUID = put("none", "u:1:65536\n") }), errdefs.IsFailedPrecondition, "root:100000:65536"},
+		{made(yes), "zfs", with(func(h *mapHost) { h.subGID = filepath.Join(dir, "missing") }), errdefs.IsFailedPrecondition, "missing"},
+		{made(yes), "zfs", with(func(h *mapHost) { h.zfs = put("oldzfs", "2.1.11-1\n") }), errdefs.IsFailedPrecondition, "ZFS 2.2"},
+		{made(yes), "bind", with(func(h *mapHost) { h.kernel = put("oldkernel", "5.10.0-30-amd64\n") }), errdefs.IsFailedPrecondition, "Linux 5.12"},
 	} {
 		err := unprivilegedToo(c.spec, []*types.Mount{{Type: c.mount}}, &options.Options{}, c.ids)
 		if !c.is(err) || !strings.Contains(err.Error(), c.says) || unprivileged(c.spec) {
