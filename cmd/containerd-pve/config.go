@@ -13,14 +13,14 @@ import (
 	"github.com/pelletier/go-toml/v2"
 
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
+	"github.com/containerd-pve/containerd-pve/lxc/pve/registry"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
 const (
-	defaultConfig   = "/etc/containerd-pve/config.toml"
-	defaultAddress  = "/run/containerd-pve/snapshotter.sock"
-	defaultRegistry = "/run/containerd-pve/registry.sock"
-	defaultRoot     = "/var/lib/containerd-pve/snapshotter"
+	defaultConfig  = "/etc/containerd-pve/config.toml"
+	defaultAddress = "/run/containerd-pve/snapshotter.sock"
+	defaultRoot    = "/var/lib/containerd-pve/snapshotter"
 )
 
 // config is the TOML file.
@@ -109,7 +109,7 @@ func (c *config) complete() error {
 		c.ProxmoxDatabase = pve.Database
 	}
 	if c.Registry == "" {
-		c.Registry = defaultRegistry
+		c.Registry = registry.Address
 	}
 	if c.ZFS == "" {
 		c.ZFS = zfs.Auto

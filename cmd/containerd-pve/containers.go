@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -16,14 +15,12 @@ import (
 	containersapi "github.com/containerd/containerd/api/services/containers/v1"
 	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
 	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
-	"github.com/containerd/containerd/v2/defaults"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/docker/go-units"
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/containerd-pve/containerd-pve/lxc/pve/registry"
 )
@@ -77,9 +74,6 @@ func containerCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if conf.Root == "" {
-				conf.Root = defaultRoot
-			}
 			if err := addVMIDs(list, recordsOf(conf)); err != nil {
 				return err
 			}
@@ -101,10 +95,9 @@ func containerCommand() *cobra.Command {
 
 // listContainers asks containerd for the containers of all namespaces.
 func listContainers(ctx context.Context, address string) ([]container, error) {
-	conn, err := grpc.NewClient("unix:"+address, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(defaults.DefaultMaxRecvMsgSize)))
+	conn, err := dialContainerd(address)
 	if err != nil {
-		return nil, fmt.Errorf("containerd at %s: %w", address, err)
+		return nil, err
 	}
 	defer conn.Close()
 	all, err := namespacesapi.NewNamespacesClient(conn).List(ctx, &namespacesapi.ListNamespacesRequest{})
@@ -239,9 +232,7 @@ func sortContainers(list []container, pods bool) {
 
 func printContainers(w io.Writer, format string, list []container) error {
 	if format == "json" {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(list)
+		return printJSON(w, list)
 	}
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(t, "VMID\tNAMESPACE\tCONTAINER\tPOD\tSTATE\tMEMORY\tDISK\tIMAGE")

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -27,9 +28,6 @@ func guardCommand() *cobra.Command {
 			conf, err := readConfig(path, c.Flags().Changed("config"))
 			if err != nil {
 				return err
-			}
-			if conf.Root == "" {
-				conf.Root = defaultRoot
 			}
 			name := os.Getenv("LXC_NAME")
 			err = guard(recordsOf(conf), args[0], args[1], name)
@@ -59,7 +57,9 @@ func warn(dir, name string, why error) {
 }
 
 // recordsOf is where the registry's records are.
-func recordsOf(conf config) string { return filepath.Join(filepath.Dir(conf.Root), "proxmox") }
+func recordsOf(conf config) string {
+	return filepath.Join(filepath.Dir(cmp.Or(conf.Root, defaultRoot)), "proxmox")
+}
 
 // guard lets everything start that is not this VMID of a container that is
 // there: a backup restored under another number, or on another node.

@@ -37,12 +37,22 @@ type users struct {
 	roots map[snapshotName]string
 }
 
-// usedBy asks containerd for all images and containers of all namespaces.
-func usedBy(ctx context.Context, address string) (*users, error) {
+// dialContainerd takes answers as large as containerd's own client does; containerd
+// is met with the first call.
+func dialContainerd(address string) (*grpc.ClientConn, error) {
 	conn, err := grpc.NewClient("unix:"+address, grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(defaults.DefaultMaxRecvMsgSize)))
 	if err != nil {
 		return nil, fmt.Errorf("containerd at %s: %w", address, err)
+	}
+	return conn, nil
+}
+
+// usedBy asks containerd for all images and containers of all namespaces.
+func usedBy(ctx context.Context, address string) (*users, error) {
+	conn, err := dialContainerd(address)
+	if err != nil {
+		return nil, err
 	}
 	defer conn.Close()
 	list, err := namespacesapi.NewNamespacesClient(conn).List(ctx, &namespacesapi.ListNamespacesRequest{})

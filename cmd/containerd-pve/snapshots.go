@@ -148,9 +148,7 @@ func splitKey(key string) (namespace, name string) {
 
 func printSnapshots(w io.Writer, format string, list []snapshot, now time.Time) error {
 	if format == "json" {
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(list)
+		return printJSON(w, list)
 	}
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	fmt.Fprintln(t, "DATASET\tKIND\tNAMESPACE\tNAME\tPARENT\tUSED\tREFER\tAGE\tIMAGES")
@@ -170,6 +168,13 @@ func printSnapshots(w io.Writer, format string, list []snapshot, now time.Time) 
 			units.BytesSize(float64(s.Used)), units.BytesSize(float64(s.Referenced)), units.HumanDuration(max(now.Sub(s.Created), 0)), strings.Join(images, ", "))
 	}
 	return t.Flush()
+}
+
+// printJSON is what --format json prints.
+func printJSON(w io.Writer, list any) error {
+	e := json.NewEncoder(w)
+	e.SetIndent("", "  ")
+	return e.Encode(list)
 }
 
 // cell is a text that stays in its cell, and a mark where there is none.

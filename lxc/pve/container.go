@@ -119,7 +119,7 @@ func (c *Container) Conf(host Host) (*Conf, error) {
 			return nil, err
 		}
 	}
-	if err := c.Limits.apply(conf, host); err != nil {
+	if err := c.Limits.Update(conf, host); err != nil {
 		return nil, err
 	}
 	var left []string
@@ -166,8 +166,8 @@ func (c *Conf) StopSignal() int {
 // variable is what Proxmox takes for one of its property env.
 var variable = regexp.MustCompile(`^\w+=[^\x00-\x08\x0a-\x1f\x7f]*$`)
 
-// apply writes limits into a conf, each explicitly.
-func (l Limits) apply(conf *Conf, host Host) error {
+// Update writes limits into a conf, each explicitly, in the place of those it has.
+func (l Limits) Update(conf *Conf, host Host) error {
 	memory, swap := l.Memory, l.Swap
 	if memory <= 0 || memory > host.Memory {
 		memory = host.Memory
@@ -197,9 +197,6 @@ func (l Limits) apply(conf *Conf, host Host) error {
 	}
 	return nil
 }
-
-// Update writes other limits into a conf that is there.
-func (l Limits) Update(conf *Conf, host Host) error { return l.apply(conf, host) }
 
 // notTag is what a tag may not hold.
 var notTag = regexp.MustCompile(`[^a-z0-9_+.-]+`)

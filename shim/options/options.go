@@ -43,7 +43,7 @@ type Options struct {
 	Register Policy
 	// ProxmoxDatabase is what makes a host a node of Proxmox; pve.Database if empty.
 	ProxmoxDatabase string
-	// Registry is the daemon's socket for it; /run/containerd-pve/registry.sock if empty.
+	// Registry is the daemon's socket for it; registry.Address if empty.
 	Registry string
 	// IOUID and IOGID own the container's stdio pipes.
 	IOUID, IOGID int

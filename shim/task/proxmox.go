@@ -36,8 +36,7 @@ const (
 
 // Where things are on a Proxmox node.
 const (
-	proxmoxPath     = "/var/lib/lxc" // the lxcpath at which Proxmox looks for containers
-	registryAddress = "/run/containerd-pve/registry.sock"
+	proxmoxPath = "/var/lib/lxc" // the lxcpath at which Proxmox looks for containers
 )
 
 // registrar is the registry of the node, which the daemon keeps.
@@ -104,7 +103,7 @@ func (t *taskState) onProxmox(ctx context.Context, spec *specs.Spec, nets []pve.
 		return "", o.LXC, nil
 	}
 	p := &t.proxmox
-	p.registrar, p.namespace, p.id = registry.NewClient(cmp.Or(o.Registry, registryAddress)), t.service.namespace, t.id
+	p.registrar, p.namespace, p.id = registry.NewClient(cmp.Or(o.Registry, registry.Address)), t.service.namespace, t.id
 	name, err = p.register(ctx, spec, nets, r.Rootfs, filepath.Join(t.bundle, "rootfs"))
 	if err != nil {
 		p.registrar = nil

@@ -118,7 +118,11 @@ func (r *Registry) read(file string) (rec Record, err error) {
 	return rec, err
 }
 
-func (r *Registry) write(file string, rec Record) error {
+func (r *Registry) write(rec Record) error {
+	file, err := name(rec.Namespace, rec.ID)
+	if err != nil {
+		return err
+	}
 	text, err := json.Marshal(rec)
 	if err != nil {
 		return err
@@ -215,7 +219,7 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 			return nil, err
 		}
 		rec = Record{c.Namespace, c.ID, vmid, self, volume.Dataset, string(conf.Bytes())}
-		return conf, r.write(file, rec)
+		return conf, r.write(rec)
 	}
 	made, err := r.vmid(ctx, &rec, want, &c, disk.Dataset, of)
 	if err == nil && made {
@@ -224,7 +228,7 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 	}
 	if err != nil {
 		if has == 0 {
-			err = errors.Join(err, r.undo(context.WithoutCancel(ctx), file, rec))
+			err = errors.Join(err, r.undo(context.WithoutCancel(ctx), rec))
 		}
 		return fail(err)
 	}
@@ -249,16 +253,16 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 
 // undo takes back what was made for a container that could not be registered. What
 // cannot be is found by its record, whose conf is not to be written again.
-func (r *Registry) undo(ctx context.Context, file string, rec Record) error {
+func (r *Registry) undo(ctx context.Context, rec Record) error {
 	if rec.VMID == 0 {
 		return nil
 	}
 	err := r.node.Remove(ctx, rec.VMID, rec.mine, func(*pve.Conf) error { return nil })
 	if err != nil && !errdefs.IsFailedPrecondition(err) {
 		rec.Conf = ""
-		return errors.Join(err, r.write(file, rec))
+		return errors.Join(err, r.write(rec))
 	}
-	return ignoreMissing(os.Remove(filepath.Join(r.dir, file)))
+	return r.drop(rec)
 }
 
 // vmid finds the container's conf, or has one made and says so. rec is what is
@@ -345,11 +349,7 @@ func (r *Registry) conf(ctx context.Context, rec *Record) (*pve.Conf, error) {
 		return nil, err
 	}
 	rec.Node = self
-	file, err := name(rec.Namespace, rec.ID)
-	if err != nil {
-		return nil, err
-	}
-	return conf, r.write(file, *rec)
+	return conf, r.write(*rec)
 }
 
 // change writes limits into the conf of a record.
@@ -375,11 +375,7 @@ func (r *Registry) seen(rec *Record, text string) error {
 		return nil
 	}
 	rec.Conf = text
-	file, err := name(rec.Namespace, rec.ID)
-	if err != nil {
-		return err
-	}
-	return r.write(file, *rec)
+	return r.write(*rec)
 }
 
 // Update writes a container's limits into its conf. Errors: NotFound, it has none.
@@ -414,11 +410,7 @@ func (r *Registry) Remove(ctx context.Context, namespace, id string) error {
 			return err
 		}
 		// One that is another guest's meanwhile stays.
-		file, err := name(namespace, id)
-		if err != nil {
-			return err
-		}
-		return ignoreMissing(os.Remove(filepath.Join(r.dir, file)))
+		return r.drop(rec)
 	})
 	if errdefs.IsNotFound(err) {
 		return nil
@@ -426,11 +418,16 @@ func (r *Registry) Remove(ctx context.Context, namespace, id string) error {
 	return err
 }
 
-func ignoreMissing(err error) error {
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
+// drop removes a record, if it is there.
+func (r *Registry) drop(rec Record) error {
+	file, err := name(rec.Namespace, rec.ID)
+	if err != nil {
+		return err
 	}
-	return err
+	if err := os.Remove(filepath.Join(r.dir, file)); !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // with calls f with a container's record.

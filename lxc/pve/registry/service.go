@@ -42,6 +42,9 @@ type updateRequest struct {
 	Limits    pve.Limits `json:"limits"`
 }
 
+// Address is the daemon's socket, if nobody configured another.
+const Address = "/run/containerd-pve/registry.sock"
+
 const (
 	// callLimit is how long a call waits for the cluster's filesystem, which may be stuck.
 	// Proxmox's tools wait 10 s for the lock of a conf alone.

@@ -139,7 +139,7 @@ func (r *Registry) orphan(ctx context.Context, vmid int, exists func(ctx context
 	rec := Record{namespace, id, vmid, self, dataset, string(conf.Bytes())}
 	if there {
 		log.G(ctx).Infof("container %s has VMID %d, of which the record was lost", id, vmid)
-		return r.write(file, rec)
+		return r.write(rec)
 	}
 	log.G(ctx).Infof("the conf of VMID %d, of container %s that is no more, is removed", vmid, id)
 	err = r.node.Remove(ctx, vmid, rec.mine, func(*pve.Conf) error { return nil })
