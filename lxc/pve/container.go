@@ -49,6 +49,17 @@ type Limits struct {
 	Weight uint64
 }
 
+// Parts are kinds of limits, each of which is said as a whole.
+type Parts uint
+
+// The parts of Limits.
+const (
+	PartMemory Parts = 1 << iota // Memory and Swap
+	PartCPU                      // Quota and Period
+	PartWeight
+	AllParts = PartMemory | PartCPU | PartWeight
+)
+
 // Tag is what a conf of ours bears, and no other is touched without.
 const Tag = "containerd"
 
@@ -119,7 +130,7 @@ func (c *Container) Conf(host Host) (*Conf, error) {
 			return nil, err
 		}
 	}
-	if err := c.Limits.Update(conf, host); err != nil {
+	if err := c.Limits.Update(conf, host, AllParts); err != nil {
 		return nil, err
 	}
 	var left []string
@@ -166,29 +177,36 @@ func (c *Conf) StopSignal() int {
 // variable is what Proxmox takes for one of its property env.
 var variable = regexp.MustCompile(`^\w+=[^\x00-\x08\x0a-\x1f\x7f]*$`)
 
-// Update writes limits into a conf, each explicitly, in the place of those it has.
-func (l Limits) Update(conf *Conf, host Host) error {
-	memory, swap := l.Memory, l.Swap
-	if memory <= 0 || memory > host.Memory {
-		memory = host.Memory
+const mib = 1 << 20
+
+// Update writes those parts of limits into a conf, each explicitly, in the place of those it has.
+func (l Limits) Update(conf *Conf, host Host, parts Parts) error {
+	var set [][2]string
+	if parts&PartMemory != 0 {
+		memory, swap := l.Memory, l.Swap
+		if memory <= 0 || memory > host.Memory {
+			memory = host.Memory
+		}
+		if swap < 0 || l.Memory <= 0 {
+			swap = host.Swap
+		}
+		set = append(set,
+			[2]string{"memory", strconv.FormatInt(max((memory+mib-1)/mib, 16), 10)},
+			[2]string{"swap", strconv.FormatInt((swap+mib-1)/mib, 10)})
 	}
-	if swap < 0 || l.Memory <= 0 {
-		swap = host.Swap
+	if parts&PartCPU != 0 {
+		conf.Delete("cores")
+		conf.Delete("cpulimit")
+		if l.Quota > 0 && l.Period > 0 {
+			limit := min(float64(l.Quota)/float64(l.Period), 8192)
+			set = append(set, [2]string{"cores", strconv.Itoa(max(int(math.Ceil(limit)), 1))}, [2]string{"cpulimit", strconv.FormatFloat(limit, 'f', -1, 64)})
+		}
 	}
-	const mib = 1 << 20
-	set := [][2]string{
-		{"memory", strconv.FormatInt(max((memory+mib-1)/mib, 16), 10)},
-		{"swap", strconv.FormatInt((swap+mib-1)/mib, 10)},
-	}
-	conf.Delete("cores")
-	conf.Delete("cpulimit")
-	if l.Quota > 0 && l.Period > 0 {
-		limit := min(float64(l.Quota)/float64(l.Period), 8192)
-		set = append(set, [2]string{"cores", strconv.Itoa(max(int(math.Ceil(limit)), 1))}, [2]string{"cpulimit", strconv.FormatFloat(limit, 'f', -1, 64)})
-	}
-	conf.Delete("cpuunits")
-	if l.Weight > 0 {
-		set = append(set, [2]string{"cpuunits", strconv.FormatUint(min(l.Weight, 10000), 10)})
+	if parts&PartWeight != 0 {
+		conf.Delete("cpuunits")
+		if l.Weight > 0 {
+			set = append(set, [2]string{"cpuunits", strconv.FormatUint(min(l.Weight, 10000), 10)})
+		}
 	}
 	for _, p := range set {
 		if err := conf.Set(p[0], p[1]); err != nil {
@@ -196,6 +214,55 @@ func (l Limits) Update(conf *Conf, host Host) error {
 		}
 	}
 	return nil
+}
+
+// Limits are those of a conf, and the parts of them that say something else than
+// spec, which was written into it: an administrator's. What the host has as a whole is no limit.
+func (c *Conf) Limits(spec Limits, host Host) (l Limits, changed Parts, err error) {
+	unchanged := Parse(c.Bytes())
+	if err := spec.Update(unchanged, host, AllParts); err != nil {
+		return Limits{}, 0, err
+	}
+	l, before := c.limits(host), unchanged.limits(host)
+	if l.Memory != before.Memory || l.Swap != before.Swap {
+		changed |= PartMemory
+	}
+	if l.Quota != before.Quota {
+		changed |= PartCPU
+	}
+	if l.Weight != before.Weight {
+		changed |= PartWeight
+	}
+	return l, changed, nil
+}
+
+func (c *Conf) limits(host Host) (l Limits) {
+	number := func(key string) float64 {
+		text, _ := c.Get(key)
+		n, err := strconv.ParseFloat(text, 64)
+		if err != nil || !(n > 0) || n > 1<<40 {
+			return 0 // Proxmox's tools refuse it, or it says that there is no limit
+		}
+		return n
+	}
+	l.Memory, l.Swap = int64(number("memory"))*mib, int64(number("swap"))*mib
+	if l.Memory >= host.Memory {
+		l.Memory = 0
+	}
+	if l.Memory == 0 || l.Swap > 0 && l.Swap >= host.Swap {
+		l.Swap = -1
+	}
+	// Proxmox gives a container that many of the host's cores, and of their time not more than the limit.
+	cpus := number("cpulimit")
+	if cores := number("cores"); cores > 0 && (cpus == 0 || cores < cpus) {
+		cpus = cores
+	}
+	if cpus > 0 {
+		l.Period = 100_000
+		l.Quota = max(int64(math.Round(cpus*float64(l.Period))), 1000) // the kernel's least
+	}
+	l.Weight = uint64(number("cpuunits"))
+	return l
 }
 
 // notTag is what a tag may not hold.

@@ -15,10 +15,7 @@ import (
 
 var update = flag.Bool("update", false, "write testdata/*.conf anew")
 
-const (
-	mib = 1 << 20
-	gib = 1 << 30
-)
+const gib = 1 << 30
 
 var host = Host{Memory: 16 * gib, Swap: 2 * gib, Env: true}
 
@@ -105,11 +102,76 @@ func TestConfRefused(t *testing.T) {
 // TestUpdate: limits that went are gone.
 func TestUpdate(t *testing.T) {
 	conf := Parse([]byte("cores: 2\ncpulimit: 1.5\ncpuunits: 7\nmemory: 64\nonboot: 1\nswap: 0\n"))
-	if err := (Limits{Memory: 128 * mib, Swap: 64 * mib}).Update(conf, host); err != nil {
+	if err := (Limits{Memory: 128 * mib, Swap: 64 * mib}).Update(conf, host, AllParts); err != nil {
 		t.Fatal(err)
 	}
 	if got := string(conf.Bytes()); got != "memory: 128\nonboot: 1\nswap: 64\n" {
 		t.Error(got)
+	}
+	if err := (Limits{Quota: 50_000, Period: 100_000, Weight: 9}).Update(conf, host, PartCPU); err != nil {
+		t.Fatal(err)
+	}
+	if got := string(conf.Bytes()); got != "cores: 1\ncpulimit: 0.5\nmemory: 128\nonboot: 1\nswap: 64\n" {
+		t.Error(got)
+	}
+}
+
+// TestConfLimits: what an administrator changed is told from what was written.
+func TestConfLimits(t *testing.T) {
+	spec := Limits{Memory: 100*mib + 1, Swap: 1, Quota: 33_333, Period: 50_000, Weight: 39}
+	for _, c := range []struct {
+		name    string
+		spec    Limits
+		host    Host
+		set     string // key=value, of which an empty one takes the key away
+		want    Limits
+		changed Parts
+	}{
+		{"nothing", spec, host, "", spec, 0},
+		{"a host with more memory", Limits{}, Host{Memory: 4 * gib}, "", Limits{}, 0},
+		{"memory", spec, host, "memory=200", Limits{Memory: 200 * mib, Swap: mib}, PartMemory},
+		{"swap", spec, host, "swap=0", Limits{Memory: 101 * mib}, PartMemory},
+		{"memory where there was no limit", Limits{}, host, "memory=512", Limits{Memory: 512 * mib, Swap: -1}, PartMemory},
+		{"as much as the host has", spec, host, "memory=16384", Limits{Swap: -1}, PartMemory},
+		{"more than that", spec, host, "memory=99999999", Limits{Swap: -1}, PartMemory},
+		{"all of the swap", spec, host, "swap=2048", Limits{Memory: 101 * mib, Swap: -1}, PartMemory},
+		{"cpulimit", spec, host, "cpulimit=0.25", Limits{Quota: 25_000, Period: 100_000}, PartCPU},
+		{"cores below it", Limits{Quota: 400_000, Period: 100_000}, host, "cores=2", Limits{Quota: 200_000, Period: 100_000}, PartCPU},
+		{"cores above it", Limits{Quota: 400_000, Period: 100_000}, host, "cores=8", Limits{}, 0},
+		{"cores alone", Limits{}, host, "cores=2", Limits{Quota: 200_000, Period: 100_000}, PartCPU},
+		{"no limit of cpu", spec, host, "cpulimit= cores=", Limits{}, PartCPU},
+		{"too little", spec, host, "cpulimit=0.0001", Limits{Quota: 1000, Period: 100_000}, PartCPU},
+		{"cpuunits", spec, host, "cpuunits=100", Limits{Weight: 100}, PartWeight},
+		{"no cpuunits", spec, host, "cpuunits=", Limits{}, PartWeight},
+		{"all", spec, host, "cpuunits=1 memory=64 cpulimit=2 cores=", Limits{Memory: 64 * mib, Swap: mib, Quota: 200_000, Period: 100_000, Weight: 1}, AllParts},
+		{"tiny", Limits{Memory: 1, Quota: 1, Period: 1_000_000, Weight: 10000}, host, "", Limits{}, 0},
+	} {
+		conf := &Conf{}
+		if err := c.spec.Update(conf, c.host, AllParts); err != nil {
+			t.Fatal(err)
+		}
+		for _, s := range strings.Fields(c.set) {
+			key, value, _ := strings.Cut(s, "=")
+			if value == "" {
+				conf.Delete(key)
+			} else if err := conf.Set(key, value); err != nil {
+				t.Fatal(err)
+			}
+		}
+		l, changed, err := conf.Limits(c.spec, c.host)
+		if err != nil || changed != c.changed {
+			t.Errorf("%s: changed %b, %v", c.name, changed, err)
+		}
+		if changed&PartMemory != 0 && (l.Memory != c.want.Memory || l.Swap != c.want.Swap) ||
+			changed&PartCPU != 0 && (l.Quota != c.want.Quota || l.Quota > 0 && l.Period != c.want.Period) || changed&PartWeight != 0 && l.Weight != c.want.Weight {
+			t.Errorf("%s: %+v", c.name, l)
+		}
+	}
+	for _, text := range []string{"", "memory: x\n", "memory: -1\nswap: -5\ncores: 0\ncpulimit: -1\ncpuunits: -2\n", "memory: NaN\ncpulimit: Inf\n", "memory: 99999999999999999999999\n"} {
+		l, _, err := Parse([]byte(text)).Limits(spec, host)
+		if err != nil || l != (Limits{Swap: -1}) {
+			t.Errorf("%q: %+v, %v", text, l, err)
+		}
 	}
 }
 

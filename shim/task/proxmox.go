@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -41,9 +42,8 @@ const (
 
 // registrar is the registry of the node, which the daemon keeps.
 type registrar interface {
-	Register(ctx context.Context, want int, c pve.Container, disk registry.Disk) (vmid int, dataset string, err error)
-	StopSignal(ctx context.Context, namespace, id string) (int, error)
-	Update(ctx context.Context, namespace, id string, limits pve.Limits) error
+	Register(ctx context.Context, want int, c pve.Container, disk registry.Disk) (registry.Registered, error)
+	Update(ctx context.Context, namespace, id string, limits pve.Limits, parts pve.Parts) error
 }
 
 // proxmox is a container's being known to Proxmox. The zero value is of a
@@ -60,7 +60,8 @@ type proxmox struct {
 }
 
 // register makes the container one of Proxmox's, if this is a node of it. It
-// changes the mounts to where the disk is then, and answers the container's LXC name.
+// changes the mounts to where the disk is then, and the spec to the limits that an
+// administrator gave the container, and answers its LXC name.
 // A pod's sandbox is none: it has no disk and no process of the user's.
 func (p *proxmox) register(ctx context.Context, spec *specs.Spec, nets []pve.Net, mounts []*types.Mount, rootfs string) (name string, err error) {
 	want := 0
@@ -82,17 +83,17 @@ func (p *proxmox) register(ctx context.Context, spec *specs.Spec, nets []pve.Net
 	if spec.Process != nil {
 		c.Args, c.Env = spec.Process.Args, spec.Process.Env
 	}
-	vmid, dataset, err := p.registrar.Register(ctx, want, c, disk)
+	a, err := p.registrar.Register(ctx, want, c, disk)
 	if err != nil {
 		return "", err
 	}
-	if dataset != "" {
-		mounts[0].Source = dataset
+	if a.Dataset != "" {
+		mounts[0].Source = a.Dataset
 	}
-	if p.stopSignal, err = p.registrar.StopSignal(ctx, p.namespace, p.id); err != nil {
-		return "", err
-	}
-	return strconv.Itoa(vmid), nil
+	p.stopSignal = a.StopSignal
+	limit(spec, a.Limits, a.Changed)
+	p.limits = limitsOf(spec)
+	return strconv.Itoa(a.VMID), nil
 }
 
 // onProxmox registers a task's container, if this is a node of Proxmox and the
@@ -133,12 +134,70 @@ func limitsOf(spec *specs.Spec) pve.Limits {
 	return l
 }
 
-// change takes over what resources say; what they leave out stays.
-func change(l *pve.Limits, r *specs.LinuxResources) {
-	if r == nil {
+// limit puts parts of limits into a spec, in the place of its own.
+func limit(spec *specs.Spec, l pve.Limits, parts pve.Parts) {
+	if parts == 0 {
 		return
 	}
+	if spec.Linux == nil {
+		spec.Linux = &specs.Linux{}
+	}
+	if spec.Linux.Resources == nil {
+		spec.Linux.Resources = &specs.LinuxResources{}
+	}
+	r := spec.Linux.Resources
+	if parts&pve.PartMemory != 0 {
+		if r.Memory == nil {
+			r.Memory = &specs.LinuxMemory{}
+		}
+		memory, both := int64(-1), int64(-1)
+		if l.Memory > 0 {
+			if memory = l.Memory; l.Swap >= 0 {
+				both = memory + l.Swap
+			}
+		}
+		r.Memory.Limit, r.Memory.Swap = &memory, &both
+		// A reservation above the limit is the spec's of a larger container.
+		if r.Memory.Reservation != nil && memory > 0 && *r.Memory.Reservation > memory {
+			r.Memory.Reservation = &memory
+		}
+	}
+	if parts&(pve.PartCPU|pve.PartWeight) != 0 && r.CPU == nil {
+		r.CPU = &specs.LinuxCPU{}
+	}
+	if parts&pve.PartCPU != 0 {
+		quota, period := int64(-1), l.Period
+		if l.Quota > 0 {
+			quota = l.Quota
+		}
+		r.CPU.Quota, r.CPU.Period = &quota, nil
+		if period > 0 {
+			r.CPU.Period = &period
+		}
+	}
+	if parts&pve.PartWeight != 0 {
+		// Its shares would be another weight.
+		r.CPU.Shares = nil
+		if l.Weight > 0 {
+			r.Unified = maps.Clone(r.Unified)
+			if r.Unified == nil {
+				r.Unified = map[string]string{}
+			}
+			r.Unified["cpu.weight"] = strconv.FormatUint(l.Weight, 10)
+		}
+	}
+}
+
+// change takes over what resources say; what they leave out stays. It answers of
+// which parts they say something.
+func change(l *pve.Limits, r *specs.LinuxResources) (parts pve.Parts) {
+	if r == nil {
+		return 0
+	}
 	if m := r.Memory; m != nil {
+		if m.Limit != nil || m.Swap != nil {
+			parts |= pve.PartMemory
+		}
 		if m.Limit != nil {
 			l.Memory = *m.Limit
 		}
@@ -151,6 +210,9 @@ func change(l *pve.Limits, r *specs.LinuxResources) {
 		}
 	}
 	if c := r.CPU; c != nil {
+		if c.Quota != nil || c.Period != nil {
+			parts |= pve.PartCPU
+		}
 		if c.Quota != nil {
 			l.Quota = *c.Quota
 		}
@@ -161,8 +223,15 @@ func change(l *pve.Limits, r *specs.LinuxResources) {
 		}
 		if c.Shares != nil && *c.Shares > 0 {
 			l.Weight = cgroups.ConvertCPUSharesToCgroupV2Value(*c.Shares)
+			parts |= pve.PartWeight
 		}
 	}
+	// It is what the kernel is told last (runtime spec, config-linux.md, unified).
+	if w, err := strconv.ParseUint(r.Unified["cpu.weight"], 10, 64); err == nil {
+		l.Weight = w
+		parts |= pve.PartWeight
+	}
+	return parts
 }
 
 // update writes changed limits into the conf. The container has them already, so
@@ -173,8 +242,11 @@ func (p *proxmox) update(ctx context.Context, r *specs.LinuxResources) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	change(&p.limits, r)
-	if err := p.registrar.Update(ctx, p.namespace, p.id, p.limits); err != nil {
+	parts := change(&p.limits, r)
+	if parts == 0 {
+		return
+	}
+	if err := p.registrar.Update(ctx, p.namespace, p.id, p.limits, parts); err != nil {
 		log.G(ctx).WithError(err).Warnf("task %s: Proxmox shows other limits than the container has", p.id)
 	}
 }

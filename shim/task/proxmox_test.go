@@ -25,21 +25,24 @@ type asked struct {
 	container pve.Container
 	disk      registry.Disk
 	limits    pve.Limits
-	err       error
+	parts     pve.Parts
+	// changed and theirs are what an administrator changed.
+	changed pve.Parts
+	theirs  pve.Limits
+	err     error
 }
 
-func (a *asked) Register(_ context.Context, want int, c pve.Container, disk registry.Disk) (int, string, error) {
+func (a *asked) Register(_ context.Context, want int, c pve.Container, disk registry.Disk) (registry.Registered, error) {
 	a.want, a.container, a.disk = want, c, disk
-	if disk.Dataset == "" {
-		return 100, "", a.err
+	r := registry.Registered{VMID: 100, StopSignal: 10, Limits: a.theirs, Changed: a.changed}
+	if disk.Dataset != "" {
+		r.Dataset = "tank/data/subvol-100-disk-0"
 	}
-	return 100, "tank/data/subvol-100-disk-0", a.err
+	return r, a.err
 }
 
-func (a *asked) StopSignal(context.Context, string, string) (int, error) { return 10, nil }
-
-func (a *asked) Update(_ context.Context, _, _ string, l pve.Limits) error {
-	a.limits = l
+func (a *asked) Update(_ context.Context, _, _ string, l pve.Limits, parts pve.Parts) error {
+	a.limits, a.parts = l, parts
 	return a.err
 }
 
@@ -72,8 +75,23 @@ func TestRegister(t *testing.T) {
 		t.Errorf("%+v\nnot\n%+v, VMID %d", a.container, want, a.want)
 	}
 	p.update(ctx, &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: pointer(int64(200))}})
-	if l := want.Limits; a.limits.Memory != 200 || a.limits.Quota != l.Quota || a.limits.Swap != l.Swap {
+	if l := want.Limits; a.parts != pve.PartMemory || a.limits.Memory != 200 || a.limits.Quota != l.Quota || a.limits.Swap != l.Swap {
 		t.Errorf("updated to %+v", a.limits)
+	}
+
+	// An administrator's limits are what it gets, and an update goes on from.
+	a.changed, a.theirs = pve.AllParts, pve.Limits{Memory: 300, Swap: 10, Quota: 70_000, Period: 100_000, Weight: 55}
+	if _, err := p.register(ctx, spec, nil, mounts, "/b/rootfs"); err != nil || limitsOf(spec) != a.theirs {
+		t.Errorf("%v, %+v", err, limitsOf(spec))
+	}
+	p.update(ctx, &specs.LinuxResources{CPU: &specs.LinuxCPU{Shares: pointer(uint64(1024))}})
+	if a.parts != pve.PartWeight || a.limits.Memory != 300 || a.limits.Weight == 55 {
+		t.Errorf("updated %b of %+v", a.parts, a.limits)
+	}
+	a.parts, a.changed = 0, 0
+	p.update(ctx, &specs.LinuxResources{Pids: &specs.LinuxPids{}})
+	if a.parts != 0 {
+		t.Error("the conf was written for what it does not say")
 	}
 
 	overlay := []*types.Mount{{Type: "overlay", Source: "overlay"}}
@@ -108,6 +126,39 @@ func TestLimits(t *testing.T) {
 	} {
 		if got := limitsOf(&specs.Spec{Linux: &specs.Linux{Resources: c.r}}); got != c.want && (c.r == nil || c.r.CPU == nil || got.Quota != c.want.Quota) {
 			t.Errorf("%+v: %+v, not %+v", c.r, got, c.want)
+		}
+	}
+}
+
+// TestLimit: an administrator's limits in the place of the spec's.
+func TestLimit(t *testing.T) {
+	for _, parts := range []pve.Parts{0, pve.PartMemory, pve.PartCPU, pve.PartWeight, pve.AllParts} {
+		for _, l := range []pve.Limits{{Swap: -1}, {Memory: 10, Swap: -1}, {Memory: 10, Swap: 5, Quota: 20_000, Period: 100_000, Weight: 7}} {
+			for _, spec := range []*specs.Spec{
+				{},
+				{Linux: &specs.Linux{Resources: &specs.LinuxResources{
+					Memory: &specs.LinuxMemory{Limit: pointer(int64(100)), Swap: pointer(int64(150)), Reservation: pointer(int64(50))},
+					CPU:    &specs.LinuxCPU{Quota: pointer(int64(5)), Period: pointer(uint64(10)), Shares: pointer(uint64(1024))},
+				}}},
+			} {
+				before := limitsOf(spec)
+				limit(spec, l, parts)
+				got := limitsOf(spec)
+				if memory := (parts&pve.PartMemory != 0); memory && (max(got.Memory, 0) != l.Memory || got.Swap != l.Swap) || !memory && (got.Memory != before.Memory || got.Swap != before.Swap) {
+					t.Errorf("%b of %+v: %+v", parts, l, got)
+				}
+				if cpu := (parts&pve.PartCPU != 0); cpu && (max(got.Quota, 0) != l.Quota || l.Quota > 0 && got.Period != l.Period) || !cpu && got.Quota != before.Quota {
+					t.Errorf("%b of %+v: %+v", parts, l, got)
+				}
+				if weight := (parts&pve.PartWeight != 0); weight && got.Weight != l.Weight || !weight && got.Weight != before.Weight {
+					t.Errorf("%b of %+v: %+v", parts, l, got)
+				}
+				if r := spec.Linux; r != nil && r.Resources != nil && r.Resources.Memory != nil {
+					if m := r.Resources.Memory; m.Reservation != nil && *m.Limit > 0 && *m.Reservation > *m.Limit {
+						t.Errorf("%b of %+v: a reservation of %d", parts, l, *m.Reservation)
+					}
+				}
+			}
 		}
 	}
 }

@@ -73,6 +73,24 @@ type Record struct {
 	Dataset string `json:"dataset,omitempty"`
 	// Conf is what was last seen of it.
 	Conf string `json:"conf"`
+	// Spec are the limits that the container asked for when they were last written into its conf.
+	Spec pve.Limits `json:"spec"`
+	// Host is what the host had then.
+	Host pve.Host `json:"host"`
+}
+
+// Registered is what a task of a container is to know.
+type Registered struct {
+	VMID int `json:"vmid"`
+	// Dataset is where the root file system is; empty if it is none of ours.
+	Dataset string `json:"dataset"`
+	// StopSignal is the number of the signal that `pct shutdown` is to send; 0 if the
+	// conf does not say it as a number.
+	StopSignal int `json:"stopSignal"`
+	// Limits are the conf's. Of these Changed are other than what the container asks
+	// for: an administrator changed them, and they are what it gets.
+	Limits  pve.Limits `json:"limits"`
+	Changed pve.Parts  `json:"changed"`
 }
 
 // Registry is of one node.
@@ -170,17 +188,17 @@ func Lookup(dir, namespace, id string) (int, error) {
 
 // Register gives a container its VMID and its conf, and its disk the name that
 // goes with them: the one it has, or else want, or if that is 0 any that is free.
-// It answers the dataset, if the container has one of ours. Errors: those of
-// Node.Register; FailedPrecondition, it has another than want.
-func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk Disk) (vmid int, dataset string, err error) {
+// The limits of a conf that it has stay as they are, unless the container asks for others than
+// when they were written. Errors: those of Node.Register; FailedPrecondition, it has another VMID than want.
+func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk Disk) (Registered, error) {
 	file, err := name(c.Namespace, c.ID)
 	if err != nil {
-		return 0, "", err
+		return Registered{}, err
 	}
 	r.locks.Lock(file)
 	defer func() { _ = r.locks.Unlock(file) }()
-	fail := func(err error) (int, string, error) {
-		return 0, "", fmt.Errorf("registering container %s with Proxmox: %w", c.ID, err)
+	fail := func(err error) (Registered, error) {
+		return Registered{}, fmt.Errorf("registering container %s with Proxmox: %w", c.ID, err)
 	}
 	rec, err := r.read(file)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
@@ -218,7 +236,9 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 		if err != nil {
 			return nil, err
 		}
-		rec = Record{c.Namespace, c.ID, vmid, self, volume.Dataset, string(conf.Bytes())}
+		rec = Record{
+			Namespace: c.Namespace, ID: c.ID, VMID: vmid, Node: self, Dataset: volume.Dataset, Conf: string(conf.Bytes()), Spec: c.Limits, Host: r.host,
+		}
 		return conf, r.write(rec)
 	}
 	made, err := r.vmid(ctx, &rec, want, &c, disk.Dataset, of)
@@ -232,8 +252,13 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 		}
 		return fail(err)
 	}
+	conf := pve.Parse([]byte(rec.Conf))
+	a := Registered{VMID: rec.VMID, StopSignal: conf.StopSignal()}
+	if a.Limits, a.Changed, err = conf.Limits(rec.Spec, rec.Host); err != nil {
+		return fail(err)
+	}
 	if disk.Dataset == "" {
-		return rec.VMID, "", nil
+		return a, nil
 	}
 	if volume.Dataset == "" { // it had a conf
 		if volume, err = r.disks.Volume(ctx, rec.VMID, disk.Dataset); err != nil {
@@ -248,7 +273,8 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 	if err := r.disks.Show(ctx, volume.Dataset); err != nil {
 		log.G(ctx).WithError(err).Warnf("container %s: Proxmox's tools do not see the files of VMID %d", c.ID, rec.VMID)
 	}
-	return rec.VMID, volume.Dataset, nil
+	a.Dataset = volume.Dataset
+	return a, nil
 }
 
 // undo takes back what was made for a container that could not be registered. What
@@ -275,7 +301,11 @@ func (r *Registry) vmid(ctx context.Context, rec *Record, want int, c *pve.Conta
 			if job := conf.Lock(); job != "" {
 				return false, fmt.Errorf("VMID %[1]d is locked by a job of Proxmox's (%[2]s): wait for its end, or `pct unlock %[1]d` if there is none: %[3]w", rec.VMID, job, errdefs.ErrFailedPrecondition)
 			}
-			return false, r.change(ctx, rec, c.Limits)
+			if c.Limits == rec.Spec {
+				return false, r.seen(rec, string(conf.Bytes()))
+			}
+			rec.Spec, rec.Host = c.Limits, r.host
+			return false, r.change(ctx, rec, c.Limits, pve.AllParts)
 		case err != nil && !errdefs.IsNotFound(err):
 			return false, err
 		}
@@ -292,7 +322,14 @@ func (r *Registry) vmid(ctx context.Context, rec *Record, want int, c *pve.Conta
 			}
 			again = func(int) (*pve.Conf, error) {
 				conf := pve.Parse([]byte(rec.Conf))
-				return conf, c.Limits.Update(conf, r.host)
+				if c.Limits == rec.Spec {
+					return conf, nil
+				}
+				if err := c.Limits.Update(conf, r.host, pve.AllParts); err != nil {
+					return nil, err
+				}
+				rec.Spec, rec.Host, rec.Conf = c.Limits, r.host, string(conf.Bytes())
+				return conf, r.write(*rec)
 			}
 		}
 		_, err = r.node.Register(ctx, rec.VMID, again)
@@ -352,21 +389,20 @@ func (r *Registry) conf(ctx context.Context, rec *Record) (*pve.Conf, error) {
 	return conf, r.write(*rec)
 }
 
-// change writes limits into the conf of a record.
-func (r *Registry) change(ctx context.Context, rec *Record, limits pve.Limits) error {
-	var text string
+// change writes parts of limits into the conf of a record, and keeps both.
+func (r *Registry) change(ctx context.Context, rec *Record, limits pve.Limits, parts pve.Parts) error {
 	err := r.node.Change(ctx, rec.VMID, func(conf *pve.Conf) error {
 		if !rec.mine(conf) {
 			return fmt.Errorf("VMID %d is another guest's: %w", rec.VMID, errdefs.ErrNotFound)
 		}
-		err := limits.Update(conf, r.host)
-		text = string(conf.Bytes())
+		err := limits.Update(conf, r.host, parts)
+		rec.Conf = string(conf.Bytes())
 		return err
 	})
 	if err != nil {
 		return err
 	}
-	return r.seen(rec, text)
+	return r.write(*rec)
 }
 
 // seen keeps what the conf is now.
@@ -378,19 +414,9 @@ func (r *Registry) seen(rec *Record, text string) error {
 	return r.write(*rec)
 }
 
-// Update writes a container's limits into its conf. Errors: NotFound, it has none.
-func (r *Registry) Update(ctx context.Context, namespace, id string, limits pve.Limits) error {
-	return r.with(namespace, id, func(rec Record) error { return r.change(ctx, &rec, limits) })
-}
-
-// StopSignal is the number of the signal that `pct shutdown` is to send to a
-// container, by its conf. Errors: NotFound, it has none.
-func (r *Registry) StopSignal(_ context.Context, namespace, id string) (signal int, err error) {
-	err = r.with(namespace, id, func(rec Record) error {
-		signal = pve.Parse([]byte(rec.Conf)).StopSignal()
-		return nil
-	})
-	return signal, err
+// Update writes parts of a container's limits into its conf. Errors: NotFound, it has none.
+func (r *Registry) Update(ctx context.Context, namespace, id string, limits pve.Limits, parts pve.Parts) error {
+	return r.with(namespace, id, func(rec Record) error { return r.change(ctx, &rec, limits, parts) })
 }
 
 // Remove gives the VMID of a container back, with its conf and the snapshots that

@@ -112,9 +112,9 @@ func (r *Registry) text(t *testing.T, vmid int) string {
 func TestLife(t *testing.T) {
 	ctx := context.Background()
 	r, d := newRegistry(t)
-	vmid, dataset, err := r.Register(ctx, 0, container("web"), Disk{Dataset: "tank/ours/7"})
-	if err != nil || vmid != 100 || dataset != "tank/data/subvol-100-disk-0" || d.moved["tank/ours/7"] != dataset {
-		t.Fatalf("%d, %q, %v, moved %v", vmid, dataset, err, d.moved)
+	a, err := r.Register(ctx, 0, container("web"), Disk{Dataset: "tank/ours/7"})
+	if err != nil || a.VMID != 100 || a.Dataset != "tank/data/subvol-100-disk-0" || d.moved["tank/ours/7"] != a.Dataset || a.Changed != 0 {
+		t.Fatalf("%+v, %v, moved %v", a, err, d.moved)
 	}
 	if text := r.text(t, 100); !strings.Contains(text, "rootfs: tank:subvol-100-disk-0,size=8G\n") || !strings.Contains(text, "memory: 1024\n") ||
 		!strings.Contains(text, "lxc.hook.pre-start: /bin/sh -c 'test ! -x /usr/local/bin/containerd-pve || exec /usr/local/bin/containerd-pve guard default web 100' sh\n") {
@@ -127,23 +127,56 @@ func TestLife(t *testing.T) {
 	d.moved = map[string]string{}
 	again := container("web")
 	again.Limits.Memory = 64 << 20
-	vmid, dataset, err = r.Register(ctx, 0, again, Disk{Dataset: dataset})
-	if err != nil || vmid != 100 || dataset != "tank/data/subvol-100-disk-0" || len(d.moved) > 0 {
-		t.Errorf("again: %d, %q, %v, moved %v", vmid, dataset, err, d.moved)
+	a, err = r.Register(ctx, 0, again, Disk{Dataset: a.Dataset})
+	if err != nil || a.VMID != 100 || a.Dataset != "tank/data/subvol-100-disk-0" || len(d.moved) > 0 || a.Changed != 0 {
+		t.Errorf("again: %+v, %v, moved %v", a, err, d.moved)
 	}
 	if text := r.text(t, 100); !strings.HasPrefix(text, "#mine\n") || !strings.Contains(text, "memory: 64\n") {
 		t.Error(text)
 	}
-	if err := r.Update(ctx, "default", "web", pve.Limits{Memory: 128 << 20}); err != nil || !strings.Contains(r.text(t, 100), "memory: 128\n") {
+	if err := r.Update(ctx, "default", "web", pve.Limits{Memory: 128 << 20}, pve.PartMemory); err != nil || !strings.Contains(r.text(t, 100), "memory: 128\n") {
 		t.Errorf("update: %v, %s", err, r.text(t, 100))
 	}
-	if _, _, err := r.Register(ctx, 200, container("web"), Disk{}); !errdefs.IsFailedPrecondition(err) {
+	// An administrator's limits hold for the next task, until the container asks for others.
+	if err := r.node.Change(ctx, 100, func(c *pve.Conf) error { return c.Set("memory", "256") }); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		a, err = r.Register(ctx, 0, again, Disk{Dataset: a.Dataset})
+		if err != nil || a.Changed != pve.PartMemory || a.Limits.Memory != 256<<20 || !strings.Contains(r.text(t, 100), "memory: 256\n") {
+			t.Errorf("an administrator's limit: %+v, %v", a, err)
+		}
+	}
+	again.Limits.Memory = 32 << 20
+	a, err = r.Register(ctx, 0, again, Disk{Dataset: a.Dataset})
+	if err != nil || a.Changed != 0 || !strings.Contains(r.text(t, 100), "memory: 32\n") {
+		t.Errorf("another limit of the spec: %+v, %v", a, err)
+	}
+	// Its conf was removed between.
+	if err := r.node.Change(ctx, 100, func(c *pve.Conf) error { return c.Set("cores", "1") }); err != nil {
+		t.Fatal(err)
+	}
+	if a, err = r.Register(ctx, 0, again, Disk{Dataset: a.Dataset}); err != nil || a.Changed != pve.PartCPU {
+		t.Errorf("cores: %+v, %v", a, err)
+	}
+	for i, limit := range []int64{32, 48} {
+		changed := []pve.Parts{pve.PartCPU, 0}[i]
+		again.Limits.Memory = limit << 20
+		if err := os.Remove(filepath.Join(r.node.Root, "lxc", "100.conf")); err != nil {
+			t.Fatal(err)
+		}
+		a, err = r.Register(ctx, 0, again, Disk{Dataset: a.Dataset})
+		if err != nil || a.VMID != 100 || a.Changed != changed || !strings.Contains(r.text(t, 100), fmt.Sprintf("memory: %d\n", limit)) {
+			t.Errorf("without its conf, %d MiB: %+v, %v", limit, a, err)
+		}
+	}
+	if _, err := r.Register(ctx, 200, container("web"), Disk{}); !errdefs.IsFailedPrecondition(err) {
 		t.Errorf("another VMID: %v", err)
 	}
-	if vmid, _, err := r.Register(ctx, 0, container("db"), Disk{Dataset: "other/7", Directory: "/run/db/rootfs"}); err != nil || vmid != 101 || !strings.Contains(r.text(t, 101), "rootfs: /run/db/rootfs\n") {
-		t.Errorf("a directory: %d, %v", vmid, err)
+	if a, err := r.Register(ctx, 0, container("db"), Disk{Dataset: "other/7", Directory: "/run/db/rootfs"}); err != nil || a.VMID != 101 || !strings.Contains(r.text(t, 101), "rootfs: /run/db/rootfs\n") {
+		t.Errorf("a directory: %d, %v", a.VMID, err)
 	}
-	if want := []string{"tank/data/subvol-100-disk-0", "tank/data/subvol-100-disk-0"}; !slices.Equal(d.shown, want) {
+	if shown := slices.Compact(d.shown); !slices.Equal(shown, []string{"tank/data/subvol-100-disk-0"}) {
 		t.Errorf("shown %v", d.shown)
 	}
 	if all, err := r.List(); err != nil || len(all) != 2 || all[0].ID != "web" || all[0].VMID != 100 || all[0].Node != "self" || all[0].Conf != r.text(t, 100) || all[1].ID != "db" || all[1].VMID != 101 {
@@ -163,7 +196,7 @@ func TestLife(t *testing.T) {
 	if _, err := r.node.Read(100); !errdefs.IsNotFound(err) {
 		t.Errorf("the conf: %v", err)
 	}
-	if err := r.Update(ctx, "default", "web", pve.Limits{}); !errdefs.IsNotFound(err) {
+	if err := r.Update(ctx, "default", "web", pve.Limits{}, pve.AllParts); !errdefs.IsNotFound(err) {
 		t.Errorf("update of none: %v", err)
 	}
 }
@@ -173,11 +206,11 @@ func TestFailures(t *testing.T) {
 	ctx := context.Background()
 	r, d := newRegistry(t)
 	for _, bad := range []pve.Container{container("a/b"), container(""), container("a'b"), container("a b"), container("$x"), {Namespace: "..", ID: "x", Arch: "amd64"}, {Namespace: "default", ID: "mips", Arch: "mips"}} {
-		if _, _, err := r.Register(ctx, 0, bad, Disk{Directory: "/x"}); !errdefs.IsInvalidArgument(err) {
+		if _, err := r.Register(ctx, 0, bad, Disk{Directory: "/x"}); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%+v: %v", bad, err)
 		}
 	}
-	if _, _, err := r.Register(ctx, 99, container("x"), Disk{Directory: "/x"}); !errdefs.IsInvalidArgument(err) {
+	if _, err := r.Register(ctx, 99, container("x"), Disk{Directory: "/x"}); !errdefs.IsInvalidArgument(err) {
 		t.Error(err)
 	}
 	if all, _ := r.List(); len(all) > 0 {
@@ -189,20 +222,20 @@ func TestFailures(t *testing.T) {
 
 	// The disk could not be moved: the number is kept for the next try.
 	d.fail = errors.New("no space")
-	if _, _, err := r.Register(ctx, 300, container("x"), Disk{Dataset: "tank/ours/1"}); !errors.Is(err, d.fail) {
+	if _, err := r.Register(ctx, 300, container("x"), Disk{Dataset: "tank/ours/1"}); !errors.Is(err, d.fail) {
 		t.Error(err)
 	}
 	d.fail = nil
-	if vmid, _, err := r.Register(ctx, 0, container("x"), Disk{Dataset: "tank/ours/1"}); err != nil || vmid != 300 || len(d.moved) != 1 {
-		t.Errorf("the next try: %d, %v, %v", vmid, err, d.moved)
+	if a, err := r.Register(ctx, 0, container("x"), Disk{Dataset: "tank/ours/1"}); err != nil || a.VMID != 300 || len(d.moved) != 1 {
+		t.Errorf("the next try: %d, %v, %v", a.VMID, err, d.moved)
 	}
 
 	// A removed container's volume is not destroyed yet: its number is not given again.
 	d.there = "subvol-100-disk-0"
-	if vmid, _, err := r.Register(ctx, 0, container("y"), Disk{Dataset: "tank/ours/2"}); err != nil || vmid != 101 {
-		t.Errorf("beside another's volume: %d, %v", vmid, err)
+	if a, err := r.Register(ctx, 0, container("y"), Disk{Dataset: "tank/ours/2"}); err != nil || a.VMID != 101 {
+		t.Errorf("beside another's volume: %d, %v", a.VMID, err)
 	}
-	if _, _, err := r.Register(ctx, 100, container("z"), Disk{Dataset: "tank/ours/3"}); !errdefs.IsAlreadyExists(err) {
+	if _, err := r.Register(ctx, 100, container("z"), Disk{Dataset: "tank/ours/3"}); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("another's volume: %v", err)
 	}
 	d.there = ""
@@ -211,8 +244,8 @@ func TestFailures(t *testing.T) {
 	if err := os.Remove(filepath.Join(r.node.Root, "lxc", "300.conf")); err != nil {
 		t.Fatal(err)
 	}
-	if vmid, _, err := r.Register(ctx, 0, container("x"), Disk{Dataset: "tank/data/subvol-300-disk-0"}); err != nil || vmid != 300 {
-		t.Errorf("%d, %v", vmid, err)
+	if a, err := r.Register(ctx, 0, container("x"), Disk{Dataset: "tank/data/subvol-300-disk-0"}); err != nil || a.VMID != 300 {
+		t.Errorf("%d, %v", a.VMID, err)
 	}
 
 	// Another guest has it meanwhile: that stays, and the container gets another.
@@ -220,11 +253,11 @@ func TestFailures(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(r.node.Root, "lxc", "300.conf"), []byte(foreign), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.Update(ctx, "default", "x", pve.Limits{}); !errdefs.IsNotFound(err) {
+	if err := r.Update(ctx, "default", "x", pve.Limits{}, pve.AllParts); !errdefs.IsNotFound(err) {
 		t.Error(err)
 	}
-	if vmid, _, err := r.Register(ctx, 0, container("x"), Disk{Dataset: "tank/data/subvol-300-disk-0"}); err != nil || vmid != 100 {
-		t.Errorf("%d, %v", vmid, err)
+	if a, err := r.Register(ctx, 0, container("x"), Disk{Dataset: "tank/data/subvol-300-disk-0"}); err != nil || a.VMID != 100 {
+		t.Errorf("%d, %v", a.VMID, err)
 	}
 	if got := r.text(t, 300); got != foreign {
 		t.Errorf("the other's conf: %s", got)

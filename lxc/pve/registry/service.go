@@ -26,20 +26,11 @@ type registerRequest struct {
 	Disk      Disk          `json:"disk"`
 }
 
-type registerResponse struct {
-	VMID    int    `json:"vmid"`
-	Dataset string `json:"dataset"`
-}
-
-type containerRequest struct {
-	Namespace string `json:"namespace"`
-	ID        string `json:"id"`
-}
-
 type updateRequest struct {
 	Namespace string     `json:"namespace"`
 	ID        string     `json:"id"`
 	Limits    pve.Limits `json:"limits"`
+	Parts     pve.Parts  `json:"parts"`
 }
 
 // Address is the daemon's socket, if nobody configured another.
@@ -56,15 +47,11 @@ const (
 // Serve offers a registry on a ttrpc server.
 func Serve(server *ttrpc.Server, r *Registry) {
 	server.RegisterService(Service, &ttrpc.ServiceDesc{Methods: map[string]ttrpc.Method{
-		"Register": method(func(ctx context.Context, q registerRequest) (registerResponse, error) {
-			vmid, dataset, err := r.Register(ctx, q.VMID, q.Container, q.Disk)
-			return registerResponse{vmid, dataset}, err
-		}),
-		"StopSignal": method(func(ctx context.Context, q containerRequest) (int, error) {
-			return r.StopSignal(ctx, q.Namespace, q.ID)
+		"Register": method(func(ctx context.Context, q registerRequest) (Registered, error) {
+			return r.Register(ctx, q.VMID, q.Container, q.Disk)
 		}),
 		"Update": method(func(ctx context.Context, q updateRequest) (struct{}, error) {
-			return struct{}{}, r.Update(ctx, q.Namespace, q.ID, q.Limits)
+			return struct{}{}, r.Update(ctx, q.Namespace, q.ID, q.Limits, q.Parts)
 		}),
 	}})
 }
@@ -123,21 +110,14 @@ type Client struct{ address string }
 func NewClient(address string) *Client { return &Client{address: address} }
 
 // Register is Registry.Register. Errors besides: Unavailable, no daemon answers.
-func (c *Client) Register(ctx context.Context, want int, container pve.Container, disk Disk) (vmid int, dataset string, err error) {
-	var a registerResponse
+func (c *Client) Register(ctx context.Context, want int, container pve.Container, disk Disk) (a Registered, err error) {
 	err = c.call(ctx, "Register", registerRequest{want, container, disk}, &a)
-	return a.VMID, a.Dataset, err
+	return a, err
 }
 
 // Update is Registry.Update. Errors besides: Unavailable, no daemon answers.
-func (c *Client) Update(ctx context.Context, namespace, id string, limits pve.Limits) error {
-	return c.call(ctx, "Update", updateRequest{namespace, id, limits}, &struct{}{})
-}
-
-// StopSignal is Registry.StopSignal. Errors besides: Unavailable, no daemon answers.
-func (c *Client) StopSignal(ctx context.Context, namespace, id string) (signal int, err error) {
-	err = c.call(ctx, "StopSignal", containerRequest{namespace, id}, &signal)
-	return signal, err
+func (c *Client) Update(ctx context.Context, namespace, id string, limits pve.Limits, parts pve.Parts) error {
+	return c.call(ctx, "Update", updateRequest{namespace, id, limits, parts}, &struct{}{})
 }
 
 func (c *Client) call(ctx context.Context, name string, q, a any) error {

@@ -21,7 +21,7 @@ func TestService(t *testing.T) {
 	r, d := newRegistry(t)
 	address := filepath.Join(t.TempDir(), "socket")
 	client := NewClient(address)
-	if _, _, err := client.Register(ctx, 0, container("x"), Disk{}); !errdefs.IsUnavailable(err) {
+	if _, err := client.Register(ctx, 0, container("x"), Disk{}); !errdefs.IsUnavailable(err) {
 		t.Errorf("without a daemon: %v", err)
 	}
 	l, err := net.Listen("unix", address)
@@ -53,9 +53,9 @@ func TestService(t *testing.T) {
 			t.Errorf("%s is not tried", name)
 		}
 	}
-	vmid, dataset, err := client.Register(ctx, 500, c, Disk{Dataset: "tank/ours/1"})
-	if err != nil || vmid != 500 || dataset != "tank/data/subvol-500-disk-0" || len(d.moved) != 1 {
-		t.Errorf("%d, %q, %v", vmid, dataset, err)
+	a, err := client.Register(ctx, 500, c, Disk{Dataset: "tank/ours/1"})
+	if err != nil || a.VMID != 500 || a.Dataset != "tank/data/subvol-500-disk-0" || a.StopSignal != 3 || len(d.moved) != 1 {
+		t.Errorf("%+v, %v", a, err)
 	}
 	c.Rootfs, c.Guard = "tank:subvol-500-disk-0,size=8G", r.guardLine(c.Namespace, c.ID, 500)
 	want, err := c.Conf(r.host)
@@ -65,13 +65,10 @@ func TestService(t *testing.T) {
 	if got := r.text(t, 500); got != string(want.Bytes()) {
 		t.Errorf("%s\nnot\n%s", got, want.Bytes())
 	}
-	if signal, err := client.StopSignal(ctx, "k8s.io", "x"); err != nil || signal != 3 {
-		t.Errorf("stop signal %d, %v", signal, err)
-	}
-	if err := client.Update(ctx, "k8s.io", "x", pve.Limits{Memory: 128 << 20}); err != nil || !strings.Contains(r.text(t, 500), "memory: 128\n") {
+	if err := client.Update(ctx, "k8s.io", "x", pve.Limits{Memory: 128 << 20}, pve.PartMemory); err != nil || !strings.Contains(r.text(t, 500), "memory: 128\n") {
 		t.Errorf("update: %v", err)
 	}
-	if err := client.Update(ctx, "k8s.io", "none", pve.Limits{}); !errdefs.IsNotFound(err) {
+	if err := client.Update(ctx, "k8s.io", "none", pve.Limits{}, pve.AllParts); !errdefs.IsNotFound(err) {
 		t.Errorf("update of none: %v", err)
 	}
 }

@@ -136,7 +136,7 @@ func (r *Registry) orphan(ctx context.Context, vmid int, exists func(ctx context
 	if err != nil {
 		return err
 	}
-	rec := Record{namespace, id, vmid, self, dataset, string(conf.Bytes())}
+	rec := Record{Namespace: namespace, ID: id, VMID: vmid, Node: self, Dataset: dataset, Conf: string(conf.Bytes())}
 	if there {
 		log.G(ctx).Infof("container %s has VMID %d, of which the record was lost", id, vmid)
 		return r.write(rec)

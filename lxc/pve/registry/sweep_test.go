@@ -26,11 +26,11 @@ func (r *Registry) sweep(t *testing.T, ids ...string) {
 
 func (r *Registry) register(t *testing.T, id, dataset string) int {
 	t.Helper()
-	vmid, _, err := r.Register(context.Background(), 0, container(id), Disk{Dataset: dataset})
+	a, err := r.Register(context.Background(), 0, container(id), Disk{Dataset: dataset})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return vmid
+	return a.VMID
 }
 
 func (r *Registry) confFile(vmid string) string {
@@ -70,7 +70,7 @@ func TestSweep(t *testing.T) {
 	if got := r.text(t, 103); got != text {
 		t.Errorf("it is written again otherwise:\n%s\nnot\n%s", got, text)
 	}
-	if _, _, err := r.Register(t.Context(), 0, container("destroyed"), Disk{Dataset: d.gone[0]}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "remove the container") {
+	if _, err := r.Register(t.Context(), 0, container("destroyed"), Disk{Dataset: d.gone[0]}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "remove the container") {
 		t.Errorf("without its disk: %v", err)
 	}
 	r.has(t, 100, 102, 103)
@@ -94,7 +94,7 @@ func TestOrphans(t *testing.T) {
 	r, d := newRegistry(t)
 	for _, id := range []string{"alive", "dead", "restored", "directory"} {
 		if id == "directory" {
-			if _, _, err := r.Register(t.Context(), 0, container(id), Disk{Directory: "/nowhere/rootfs"}); err != nil {
+			if _, err := r.Register(t.Context(), 0, container(id), Disk{Directory: "/nowhere/rootfs"}); err != nil {
 				t.Fatal(err)
 			}
 			continue
@@ -128,8 +128,8 @@ func TestOrphans(t *testing.T) {
 	if all, err := r.List(); err != nil || len(all) != 1 {
 		t.Errorf("%v, %v", all, err)
 	}
-	if vmid, _, err := r.Register(t.Context(), 0, container("alive"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); err != nil || vmid != 100 {
-		t.Errorf("%d, %v", vmid, err)
+	if a, err := r.Register(t.Context(), 0, container("alive"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); err != nil || a.VMID != 100 {
+		t.Errorf("%d, %v", a.VMID, err)
 	}
 	r.sweep(t)
 	r.has(t, 102, 200)
@@ -166,8 +166,8 @@ func TestRenamed(t *testing.T) {
 	link("lxc", "nodes/new/lxc")
 	put(".members", `{"nodename": "new", "nodelist": {"new": {"id": 1}, "other": {"id": 2}}}`)
 	put(".vmlist", `{"ids": {"100": {"node": "self", "type": "lxc"}, "101": {"node": "self", "type": "lxc"}}}`)
-	if vmid, _, err := r.Register(t.Context(), 0, container("web"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); err != nil || vmid != 100 {
-		t.Errorf("%d, %v", vmid, err)
+	if a, err := r.Register(t.Context(), 0, container("web"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); err != nil || a.VMID != 100 {
+		t.Errorf("%d, %v", a.VMID, err)
 	}
 	put(".vmlist", `{"ids": {"100": {"node": "new", "type": "lxc"}, "101": {"node": "self", "type": "lxc"}}}`)
 	r.sweep(t, "web", "db")
@@ -181,7 +181,7 @@ func TestRenamed(t *testing.T) {
 		t.Fatal(err)
 	}
 	put(".vmlist", `{"ids": {"100": {"node": "other", "type": "lxc"}, "101": {"node": "new", "type": "lxc"}}}`)
-	if _, _, err := r.Register(t.Context(), 0, container("web"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "node other") {
+	if _, err := r.Register(t.Context(), 0, container("web"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "node other") {
 		t.Error(err)
 	}
 	r.sweep(t, "db")
@@ -208,7 +208,7 @@ func TestJobs(t *testing.T) {
 		}
 	}
 	lock("rollback")
-	if _, _, err := r.Register(t.Context(), 0, container("web"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "pct unlock 100") {
+	if _, err := r.Register(t.Context(), 0, container("web"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "pct unlock 100") {
 		t.Error(err)
 	}
 	if err := r.Remove(t.Context(), "default", "web"); !errdefs.IsUnavailable(err) {
@@ -235,7 +235,7 @@ func TestTooLate(t *testing.T) {
 		cancel()
 		return nil
 	}
-	if _, _, err := r.Register(ctx, 100, container("web"), Disk{Dataset: "tank/ours/1"}); !errors.Is(err, context.Canceled) {
+	if _, err := r.Register(ctx, 100, container("web"), Disk{Dataset: "tank/ours/1"}); !errors.Is(err, context.Canceled) {
 		t.Error(err)
 	}
 	r.has(t)
@@ -255,10 +255,10 @@ func TestDown(t *testing.T) {
 	if err := os.Mkdir(root, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := r.Register(t.Context(), 0, container("web"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "pve-cluster") {
+	if _, err := r.Register(t.Context(), 0, container("web"), Disk{Dataset: "tank/data/subvol-100-disk-0"}); !errdefs.IsUnavailable(err) || !strings.Contains(err.Error(), "pve-cluster") {
 		t.Error(err)
 	}
-	if _, _, err := r.Register(t.Context(), 0, container("db"), Disk{Dataset: "tank/ours/2"}); !errdefs.IsUnavailable(err) {
+	if _, err := r.Register(t.Context(), 0, container("db"), Disk{Dataset: "tank/ours/2"}); !errdefs.IsUnavailable(err) {
 		t.Error(err)
 	}
 	if err := r.Remove(t.Context(), "default", "web"); !errdefs.IsUnavailable(err) {
