@@ -16,6 +16,7 @@ import (
 
 	runcoptions "github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/contrib/apparmor"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
@@ -212,6 +213,13 @@ func loadProfile(t *testing.T, name, denied string) {
 		t.Fatal(out)
 	}
 	t.Cleanup(func() { command("apparmor_parser", "--remove", file) })
+}
+
+// defaultProfile is containerd's AppArmor profile by that name, until the test ends.
+func defaultProfile(t *testing.T, name string) oci.SpecOpts {
+	t.Helper()
+	t.Cleanup(func() { must(t, os.WriteFile("/sys/kernel/security/apparmor/.remove", []byte(name), 0)) })
+	return apparmor.WithDefaultProfile(name)
 }
 
 // TestAttributesRefused: the create fails, and names the field.

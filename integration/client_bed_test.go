@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/contrib/apparmor"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/containerd/v2/pkg/oci"
@@ -119,7 +118,7 @@ func TestExecOfDyingTask(t *testing.T) {
 // TestStoppedByLXC: lxc-stop ends a container as any other LXC container, and containerd learns it.
 func TestStoppedByLXC(t *testing.T) {
 	// As CRI and nerdctl start them.
-	b := start(t, options{id: "stopped-by-lxc", image: busybox, args: []string{"sleep", "1000"}, spec: []oci.SpecOpts{apparmor.WithDefaultProfile("containerd-pve-stopped")}})
+	b := start(t, options{id: "stopped-by-lxc", image: busybox, args: []string{"sleep", "1000"}, spec: []oci.SpecOpts{defaultProfile(t, "containerd-pve-stopped")}})
 	if out, code := command("lxc-stop", "-k", "-P", "/var/lib/containerd-pve/lxc", "-n", "default--stopped-by-lxc"); code != 0 {
 		t.Fatalf("lxc-stop: status %d: %s", code, out)
 	}

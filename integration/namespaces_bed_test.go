@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
-	"github.com/containerd/containerd/v2/contrib/apparmor"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -102,7 +101,7 @@ wc -c </proc/timer_list
 hostname; stat -c '%u' /scratch
 cat /proc/self/attr/current
 exec sleep 1000`),
-		spec: []oci.SpecOpts{oci.WithHostname("mapped"), apparmor.WithDefaultProfile("containerd-pve-mapped"), oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.CgroupNamespace}), oci.WithMounts([]specs.Mount{
+		spec: []oci.SpecOpts{oci.WithHostname("mapped"), defaultProfile(t, "containerd-pve-mapped"), oci.WithLinuxNamespace(specs.LinuxNamespace{Type: specs.CgroupNamespace}), oci.WithMounts([]specs.Mount{
 			{Type: "bind", Source: dir, Destination: "/vol", Options: []string{"rbind"}},
 			{Type: "tmpfs", Source: "tmpfs", Destination: "/scratch", Options: []string{"uid=12"}},
 			{Type: "cgroup", Source: "cgroup", Destination: "/sys/fs/cgroup", Options: []string{"rw", "nosuid", "noexec", "nodev"}},

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -205,9 +206,17 @@ func TestProxmoxLife(t *testing.T) {
 	if got, err := os.ReadFile("/sys/fs/cgroup/default/web_1/memory.max"); err != nil || string(got) != "max\n" {
 		t.Errorf("the limit above it is %q, %v", got, err)
 	}
-	if got, err := os.ReadFile("/sys/fs/cgroup/default/web_1/payload/memory.max"); err != nil || string(got) != fmt.Sprintln(256<<20) {
-		t.Errorf("the container's limit is %q, %v", got, err)
+	limits := func(what, memory, cpu string) {
+		t.Helper()
+		for file, want := range map[string]string{"memory.max": memory, "cpu.max": cpu} {
+			if got, err := os.ReadFile("/sys/fs/cgroup/default/web_1/payload/" + file); err != nil || strings.TrimSpace(string(got)) != want {
+				t.Errorf("%s: %s is %q, not %s, %v", what, file, got, want, err)
+			}
+		}
 	}
+	limits("pct set", fmt.Sprint(256<<20), "max 100000")
+	text := confOf(t, 100)
+	must(t, os.WriteFile("/etc/pve/lxc/100.conf", []byte(strings.Replace(text, "\nmemory: 128\n", "\nmemory: 256\ncores: 1\n", 1)), 0o640))
 
 	// pct exec, pct suspend and resume.
 	if out, code := command("lxc-attach", "-P", lxcPath, "-n", "100", "--clear-env", "--", "/bin/cat", "/kept"); code != 0 || out != "kept\n" {
@@ -256,6 +265,16 @@ func TestProxmoxLife(t *testing.T) {
 	if noConf(100) || !noConf(101) {
 		t.Error("it has another VMID")
 	}
+	limits("the next task", fmt.Sprint(256<<20), "100000 100000")
+	if conf := confOf(t, 100); !strings.Contains(conf, "\nmemory: 256\n") || !strings.Contains(conf, "\ncores: 1\n") {
+		t.Errorf("an administrator's limits are gone:\n%s", conf)
+	}
+	memory = 192 << 20
+	must(t, b.task.Update(b.ctx, client.WithResources(&specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &memory, Swap: &memory}})))
+	limits("an update", fmt.Sprint(192<<20), "100000 100000")
+	if conf := confOf(t, 100); !strings.Contains(conf, "\nmemory: 192\n") || !strings.Contains(conf, "\ncores: 1\n") {
+		t.Errorf("after an update of the memory:\n%s", conf)
+	}
 	b.remove()
 	eventually(t, time.Minute, "the conf is gone", func() bool { return noConf(100) })
 	collect(t)
@@ -270,9 +289,13 @@ func TestProxmoxLife(t *testing.T) {
 // TestProxmoxShutdown: `pct shutdown` sends the container's stop signal, and containerd is told the true exit.
 func TestProxmoxShutdown(t *testing.T) {
 	proxmox(t)
+	vmid := 500 // one each: the volume of a number may be there for a while after its conf
 	for signal, label := range map[string]string{"USR1": "SIGUSR1", "TERM": ""} {
+		vmid++
+		number := strconv.Itoa(vmid)
 		b := start(t, options{
-			id: "down", args: sh("trap 'exit 7' " + signal + "; touch /ready; while :; do sleep 0.2; done"),
+			id: "down", edit: func(s *specs.Spec) { s.Annotations = map[string]string{"io.containerd.pve.vmid": number} },
+			args: sh("trap 'exit 7' " + signal + "; touch /ready; while :; do sleep 0.2; done"),
 			snapshot: func(id string, image client.Image) client.NewContainerOpts {
 				return func(ctx context.Context, c *client.Client, r *containers.Container) error {
 					if label != "" { // `ctr run` takes it from the image
@@ -286,14 +309,14 @@ func TestProxmoxShutdown(t *testing.T) {
 			_, code, err := b.execIn([]string{"test", "-e", "/ready"}, nil)
 			return err == nil && code == 0
 		})
-		if out, code := command("lxc-stop", "-P", lxcPath, "-n", "100", "--nokill", "-t", "30"); code != 0 {
+		if out, code := command("lxc-stop", "-P", lxcPath, "-n", number, "--nokill", "-t", "30"); code != 0 {
 			t.Fatal(out)
 		}
 		if code := b.ended(time.Minute); code != 7 {
 			t.Errorf("%s: exit code %d", signal, code)
 		}
 		b.remove()
-		eventually(t, time.Minute, "the conf is gone", func() bool { return noConf(100) })
+		eventually(t, time.Minute, "the conf is gone", func() bool { return noConf(vmid) })
 	}
 }
 

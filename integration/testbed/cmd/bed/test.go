@@ -25,7 +25,7 @@ import (
 )
 
 // perPackage is the time limit for one package's tests in one guest.
-const perPackage = 30 * time.Minute
+const perPackage = 45 * time.Minute
 
 type testPackage struct {
 	ImportPath, Dir           string
