@@ -133,9 +133,11 @@ func TestFaults(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			s.(*snapshotter).cleanupMu.Lock() // the first sweep's calls are not to be counted
+			if err := s.(*snapshotter).cleaning.Acquire(ctx, 1); err != nil { // the first sweep's calls are not to be counted
+				t.Fatal(err)
+			}
 			f.arm(at, after)
-			s.(*snapshotter).cleanupMu.Unlock()
+			s.(*snapshotter).cleaning.Release(1)
 			if _, err := life(ctx, s); err != nil {
 				t.Errorf("%s: %v", name, err)
 			}

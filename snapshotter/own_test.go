@@ -206,6 +206,14 @@ func TestUnfinished(t *testing.T) {
 	}
 	renamed := prepare("renamed")
 	prepare("there")
+	// Once they have their marks, which Prepare does not wait for.
+	own, ok := s.(*snapshotter)
+	if !ok {
+		t.Fatal("another type")
+	}
+	if err := errors.Join(own.creating.wait(ctx), own.settle(ctx)); err != nil {
+		t.Fatal(err)
+	}
 	var before, after string
 	z.creating = func(string) { before = copyOf(t, root) }
 	made := prepare("made")

@@ -30,6 +30,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/moby/locker"
 	"github.com/moby/sys/atomicwriter"
+	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
@@ -65,7 +66,7 @@ type snapshotter struct {
 	keeps     keeps
 	commits   *locker.Locker // by key: a leftover @snapshot of a crash is told from a racing Commit's
 	objects   objects
-	cleanupMu sync.Mutex
+	cleaning  *semaphore.Weighted // one Cleanup at a time
 	cleaned   cleaned
 	closeOnce sync.Once
 	closeErr  error
@@ -121,7 +122,7 @@ func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ Store, err err
 		return nil, fmt.Errorf("opening the metadata: %w", err)
 	}
 	bg, stop := context.WithCancel(context.WithoutCancel(ctx))
-	s := &snapshotter{zfs: z, dataset: dataset, store: store, ms: ms, lock: lock, commits: locker.New(), keeps: keeps{mount: mountDetached}, stop: stop, done: make(chan struct{})}
+	s := &snapshotter{zfs: z, dataset: dataset, store: store, ms: ms, lock: lock, commits: locker.New(), cleaning: semaphore.NewWeighted(1), keeps: keeps{mount: mountDetached}, stop: stop, done: make(chan struct{})}
 	if err = s.bind(ctx, store); err == nil {
 		err = s.inherit(ctx)
 	}
@@ -480,8 +481,11 @@ func (s *snapshotter) Remove(ctx context.Context, key string) error {
 // Cleanup destroys the marked datasets that no record names. What is in use is
 // logged and left to the next call.
 func (s *snapshotter) Cleanup(ctx context.Context) error {
-	s.cleanupMu.Lock()
-	defer s.cleanupMu.Unlock()
+	// The one before may wait for ZFS.
+	if err := s.cleaning.Acquire(ctx, 1); err != nil {
+		return err
+	}
+	defer s.cleaning.Release(1)
 	if err := s.completeAll(ctx); err != nil {
 		return err
 	}
