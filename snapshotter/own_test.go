@@ -104,6 +104,25 @@ func (f *fake) Set(_ context.Context, name string, p zfs.Properties) error {
 	return nil
 }
 
+func (f *fake) Taken(_ context.Context, name string, properties []string) ([]zfs.Entry, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	var all []zfs.Entry
+	for _, full := range slices.Sorted(maps.Keys(f.datasets)) {
+		if !strings.HasPrefix(full, name+"@") {
+			continue
+		}
+		e := zfs.Entry{Name: full, Snapshot: true, Own: zfs.Properties{}}
+		for _, p := range properties {
+			if v, there := f.datasets[full][p]; there {
+				e.Own[p] = v
+			}
+		}
+		all = append(all, e)
+	}
+	return all, nil
+}
+
 func (f *fake) Detached() bool { return false }
 
 func (f *fake) Space(ctx context.Context, name string) (zfs.Space, error) {

@@ -43,6 +43,9 @@ const (
 	propName  = "containerd-pve:name"  // of its @snapshot: the name of Commit
 	propStore = "containerd-pve:store" // of the parent dataset, and of one with a place of its own: whose it is
 	propPlace = "containerd-pve:place" // of the latter: its own name
+	// PropTaken is of a snapshot that template/state took of a container's filesystem;
+	// it goes with that.
+	PropTaken = "containerd-pve:state"
 	// maxProperty is the longest value that ZFS takes (ZAP_MAXVALUELEN, with its NUL).
 	maxProperty = 8191
 
@@ -478,6 +481,34 @@ func (s *snapshotter) Remove(ctx context.Context, key string) error {
 	return err
 }
 
+// destroyTaken tries again what failed, where snapshots of the containers' state
+// are in the way, and answers what still does.
+func (s *snapshotter) destroyTaken(ctx context.Context, victims []string, failed map[string]error) (map[string]error, error) {
+	var again []string
+	some := false
+	for _, name := range victims {
+		if failed[name] == nil {
+			continue
+		}
+		if !strings.Contains(name, "@") {
+			all, err := s.zfs.Taken(ctx, name, []string{PropTaken})
+			if err != nil && !errdefs.IsNotFound(err) {
+				return failed, err
+			}
+			for _, e := range all {
+				if _, ours := e.Own[PropTaken]; ours {
+					again, some = append(again, e.Name), true
+				}
+			}
+		}
+		again = append(again, name)
+	}
+	if !some {
+		return failed, nil
+	}
+	return s.zfs.DestroyAll(ctx, again)
+}
+
 // Cleanup destroys the marked datasets that no record names. What is in use is
 // logged and left to the next call.
 func (s *snapshotter) Cleanup(ctx context.Context) error {
@@ -540,6 +571,9 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 		s.objects.forget(id)
 	}
 	failed, err := s.zfs.DestroyAll(ctx, victims)
+	if err == nil && len(failed) > 0 {
+		failed, err = s.destroyTaken(ctx, victims, failed)
+	}
 	left := 0
 	for _, n := range ids {
 		name := s.name(strconv.FormatUint(n, 10))

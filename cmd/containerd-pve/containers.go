@@ -89,7 +89,7 @@ func containerCommand() *cobra.Command {
 	ls.Flags().StringVar(&address, "containerd-address", defaultContainerd, "containerd's `socket`")
 	ls.Flags().StringVar(&format, "format", "table", "table or json")
 	ls.Flags().BoolVar(&pods, "pods", false, "those of a pod together")
-	c.AddCommand(ls)
+	c.AddCommand(append(stateCommands(), ls)...)
 	return c
 }
 

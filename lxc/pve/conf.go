@@ -86,6 +86,12 @@ func (c *Conf) Set(key, value string) error {
 	if err := check(key, value); err != nil {
 		return err
 	}
+	c.put(key, value)
+	return nil
+}
+
+// put sets what a conf had, whatever it is.
+func (c *Conf) put(key, value string) {
 	c.Delete(key)
 	line := key + ": " + value
 	// Proxmox writes properties in the order of their keys, after the description
@@ -101,7 +107,6 @@ func (c *Conf) Set(key, value string) error {
 		at-- // before the empty line that a section begins with
 	}
 	c.current = slices.Insert(c.current, at, line)
-	return nil
 }
 
 // Delete takes a property away.

@@ -274,8 +274,26 @@ func (n *Node) Remove(ctx context.Context, vmid int, mine func(*Conf) bool, befo
 
 // Lock is the job of Proxmox's that has a container (backup, snapshot, migrate…); empty: none.
 func (c *Conf) Lock() string {
-	job, _ := c.Get("lock")
+	job, _ := c.Get(lockKey)
 	return job
+}
+
+// Free refuses the conf of a VMID that such a job has. Errors: FailedPrecondition.
+func (c *Conf) Free(vmid int) error {
+	job := c.Lock()
+	if job == "" {
+		return nil
+	}
+	return fmt.Errorf("VMID %[1]d is locked by a job of Proxmox's (%[2]s): wait for its end, or `pct unlock %[1]d` if there is none: %[3]w", vmid, job, errdefs.ErrFailedPrecondition)
+}
+
+// SetLock notes such a job, or with an empty one that there is none. Errors: InvalidArgument.
+func (c *Conf) SetLock(job string) error {
+	if job == "" {
+		c.Delete(lockKey)
+		return nil
+	}
+	return c.Set(lockKey, job)
 }
 
 // tagged says whether a conf bears our tag.

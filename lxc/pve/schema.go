@@ -16,7 +16,7 @@ var schema = map[string]func(string) string{
 	"arch":         oneOf("amd64", "i386", "arm64", "armhf", "riscv32", "riscv64"),
 	"ostype":       oneOf("debian", "devuan", "ubuntu", "centos", "fedora", "opensuse", "archlinux", "alpine", "gentoo", "nixos", "unmanaged"),
 	"cmode":        oneOf("shell", "console", "tty"),
-	"lock":         oneOf("backup", "create", "destroyed", "disk", "fstrim", "migrate", "mounted", "rollback", "snapshot", "snapshot-delete"),
+	lockKey:        oneOf("backup", "create", "destroyed", "disk", "fstrim", "migrate", "mounted", "rollback", "snapshot", "snapshot-delete"),
 	"console":      oneOf("0", "1"),
 	"debug":        oneOf("0", "1"),
 	"onboot":       oneOf("0", "1"),
@@ -36,6 +36,8 @@ var schema = map[string]func(string) string{
 	"features":     anyText,
 	"hookscript":   anyText,
 	"rootfs":       anyText,
+	parentKey:      anyText,
+	timeKey:        number(0, 1<<53, true),
 	// No control characters but the tab, and an apostrophe makes a container that does not start.
 	"entrypoint": func(v string) string {
 		if strings.Contains(v, "'") {

@@ -118,7 +118,21 @@ func TestDifferential(t *testing.T) {
 			return n.Snapshots(ctx, []string{p + "/b@3", p + "/z@3"}, Properties{"f:g": "h"})
 		},
 			"snapshot", "-o", "f:g=h", "POOL/b@3", "POOL/z@3")},
-		{"rollback", either(func(p string) error { return n.Rollback(ctx, p+"/b@3") }, "rollback", "POOL/b@3")},
+		{"rollback", both(func(z ZFS, p string) error { return z.(Way).Rollback(ctx, p+"/b@3") })},
+		{"rollback to one that is not the latest", both(func(z ZFS, p string) error {
+			return isKind(z.(Way).Rollback(ctx, p+"/b@two"), errdefs.IsFailedPrecondition)
+		})},
+		{"rollback to none", both(func(z ZFS, p string) error {
+			return isKind(z.(Way).Rollback(ctx, p+"/b@none"), errdefs.IsNotFound)
+		})},
+		{"list of snapshots", both(func(z ZFS, p string) error {
+			all, err := z.Taken(ctx, p+"/b", []string{"f:g", "c:d"})
+			if err != nil || len(all) != 2 || all[0].Name != p+"/b@two" || all[1].Name != p+"/b@3" || all[1].Own["f:g"] != "h" || all[1].Created.IsZero() {
+				return fmt.Errorf("%+v, %w", all, err)
+			}
+			_, err = z.Taken(ctx, p+"/none", nil)
+			return isKind(err, errdefs.IsNotFound)
+		})},
 		{"send", func(p string, native bool) error { return send(way(n, native), p+"/b@two", "", p+"/r@two") }},
 		{"send of what came since", func(p string, native bool) error { return send(way(n, native), p+"/b@3", p+"/b@two", p+"/r@3") }},
 		{"destroy when it is free", either(func(p string) error { return n.DestroySnapshots(ctx, []string{p + "/b@two"}, true) }, "destroy", "-d", "POOL/b@two")},
@@ -151,6 +165,13 @@ func way(n *Native, native bool) *Native {
 func refused(err error) error {
 	if err == nil {
 		return errors.New("it was not refused")
+	}
+	return nil
+}
+
+func isKind(err error, is func(error) bool) error {
+	if !is(err) {
+		return fmt.Errorf("not the error that it should be: %w", err)
 	}
 	return nil
 }

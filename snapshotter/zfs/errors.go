@@ -98,7 +98,7 @@ func reasonOf(errno unix.Errno) Reason {
 	switch errno {
 	case unix.EEXIST:
 		return Exists
-	case unix.ENOENT:
+	case unix.ENOENT, unix.ESRCH: // a dataset; a snapshot or a hold of one that is there
 		return Missing
 	case unix.EBUSY:
 		return Busy

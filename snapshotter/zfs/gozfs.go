@@ -167,6 +167,19 @@ func (goZFS) Destroy(ctx context.Context, name string) error {
 	err := do(ctx, "destroy", name, func() error {
 		return (&zfs.Dataset{Name: name}).Destroy(zfs.DestroyDefault)
 	})
+	return explained(ctx, err, name, "in use")
+}
+
+func (goZFS) Rollback(ctx context.Context, snapshot string) error {
+	err := do(ctx, "rollback to", snapshot, func() error {
+		return (&zfs.Dataset{Name: snapshot, Type: zfs.DatasetSnapshot}).Rollback(false)
+	})
+	return explained(ctx, err, snapshot, "it is not the latest, or in use")
+}
+
+// explained gives a failed change its kind, where nothing but why is left if name is
+// there and can be written.
+func explained(ctx context.Context, err error, name, why string) error {
 	if err == nil || ctx.Err() != nil || errdefs.IsUnavailable(err) {
 		return err
 	}
@@ -176,7 +189,7 @@ func (goZFS) Destroy(ctx context.Context, name string) error {
 	if rerr := readOnly(ctx, err, name); errdefs.IsFailedPrecondition(rerr) {
 		return rerr
 	}
-	return fmt.Errorf("%w: in use: %w", err, errdefs.ErrFailedPrecondition)
+	return fmt.Errorf("%w: %s: %w", err, why, errdefs.ErrFailedPrecondition)
 }
 
 func (z goZFS) DestroyAll(ctx context.Context, names []string) (map[string]error, error) {

@@ -2,6 +2,7 @@ package zfs
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -53,18 +54,9 @@ func own(d *Dataset, name string) bool {
 func (n *Native) Contents(ctx context.Context, parent string, properties []string) ([]Entry, error) {
 	var all []Entry
 	add := func(d *Dataset) error {
-		e, err := entry(d.Name, d.Property)
-		if err != nil {
-			return err
-		}
-		e.Snapshot, e.Origin = d.Snapshot, d.Origin
-		for _, p := range properties {
-			if own(d, p) {
-				e.Own[p] = d.Property(p)
-			}
-		}
+		e, err := listed(d, properties)
 		all = append(all, e)
-		return nil
+		return err
 	}
 	err := n.List(ctx, parent, true, func(d *Dataset) error {
 		if !d.Filesystem {
@@ -81,6 +73,35 @@ func (n *Native) Contents(ctx context.Context, parent string, properties []strin
 	})
 	return all, err
 }
+
+// listed is what a list shows of a dataset.
+func listed(d *Dataset, properties []string) (Entry, error) {
+	e, err := entry(d.Name, d.Property)
+	if err != nil {
+		return e, err
+	}
+	e.Snapshot, e.Origin = d.Snapshot, d.Origin
+	for _, p := range properties {
+		if own(d, p) {
+			e.Own[p] = d.Property(p)
+		}
+	}
+	return e, nil
+}
+
+// Taken are the snapshots of a filesystem, oldest first.
+func (n *Native) Taken(ctx context.Context, name string, properties []string) ([]Entry, error) {
+	var all []Entry
+	err := n.ListSnapshots(ctx, name, true, func(d *Dataset) error {
+		e, err := listed(d, properties)
+		all = append(all, e)
+		return err
+	})
+	slices.SortFunc(all, inTime)
+	return all, err
+}
+
+func inTime(a, b Entry) int { return cmp.Compare(a.Txg, b.Txg) }
 
 // Available are the bytes that may still be written into a filesystem.
 func (n *Native) Available(ctx context.Context, name string) (int64, error) {
@@ -130,8 +151,27 @@ func (goZFS) Available(ctx context.Context, name string) (int64, error) {
 // Contents runs the zfs program once: go-zfs's own list knows neither properties
 // of users nor where a value comes from.
 func (goZFS) Contents(ctx context.Context, parent string, properties []string) ([]Entry, error) {
+	out, err := getBelow(ctx, parent, "-d2", "filesystem,snapshot", properties)
+	if err != nil {
+		return nil, err
+	}
+	return parseGet(out, parent, "/", properties)
+}
+
+// Taken runs the zfs program once, as Contents.
+func (goZFS) Taken(ctx context.Context, name string, properties []string) ([]Entry, error) {
+	out, err := getBelow(ctx, name, "-d1", "snapshot", properties)
+	if err != nil {
+		return nil, err
+	}
+	all, err := parseGet(out, name, "@", properties)
+	slices.SortFunc(all, inTime)
+	return all, err
+}
+
+func getBelow(ctx context.Context, parent, depth, types string, properties []string) (string, error) {
 	asked := append(strings.Split("type,origin,"+numeric, ","), properties...)
-	cmd := exec.CommandContext(ctx, "zfs", "get", "-Hp", "-d", "2", "-t", "filesystem,snapshot",
+	cmd := exec.CommandContext(ctx, "zfs", "get", "-Hp", depth, "-t", types,
 		"-o", "name,property,source,value", strings.Join(asked, ","), parent)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -139,18 +179,19 @@ func (goZFS) Contents(ctx context.Context, parent string, properties []string) (
 	out, err := cmd.Output()
 	if err != nil {
 		if errors.Is(err, exec.ErrNotFound) {
-			return nil, notInstalled("zfs")
+			return "", notInstalled("zfs")
 		}
 		if ctx.Err() != nil {
-			return nil, fmt.Errorf("list below %s: %w", parent, ctx.Err())
+			return "", fmt.Errorf("list below %s: %w", parent, ctx.Err())
 		}
-		return nil, missing(ctx, fmt.Errorf("list below %s: %s (%w)", parent, strings.TrimSpace(stderr.String()), err), parent)
+		return "", missing(ctx, fmt.Errorf("list below %s: %s (%w)", parent, strings.TrimSpace(stderr.String()), err), parent)
 	}
-	return parseGet(string(out), parent, properties)
+	return string(out), nil
 }
 
-// parseGet reads `zfs get -Hp -o name,property,source,value` of parent.
-func parseGet(out, parent string, properties []string) ([]Entry, error) {
+// parseGet reads `zfs get -Hp -o name,property,source,value` of parent: what is
+// directly below it, after a slash, or its snapshots, after an @.
+func parseGet(out, parent, mark string, properties []string) ([]Entry, error) {
 	type value struct{ value, source string }
 	var order []string
 	found := map[string]map[string]value{}
@@ -177,7 +218,7 @@ func parseGet(out, parent string, properties []string) ([]Entry, error) {
 	}
 	var all []Entry
 	for _, name := range order {
-		below, ok := strings.CutPrefix(name, parent+"/")
+		below, ok := strings.CutPrefix(name, parent+mark)
 		if !ok || strings.Contains(below, "/") {
 			continue
 		}

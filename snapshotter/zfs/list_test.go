@@ -43,7 +43,7 @@ const getOutput = "tank/c\ttype\t-\tfilesystem\n" +
 	"tank/c/2/deep\ttype\t-\tfilesystem\n"
 
 func TestParseGet(t *testing.T) {
-	got, err := parseGet(getOutput, "tank/c", []string{"x:key", "x:name"})
+	got, err := parseGet(getOutput, "tank/c", "/", []string{"x:key", "x:name"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,7 +55,7 @@ func TestParseGet(t *testing.T) {
 	}
 	same(t, got, want)
 	for _, bad := range []string{"nonsense\n", "tank/c/1\ttype\t-\tfilesystem\n"} {
-		if got, err := parseGet(bad, "tank/c", nil); !errdefs.IsInternal(err) {
+		if got, err := parseGet(bad, "tank/c", "/", nil); !errdefs.IsInternal(err) {
 			t.Errorf("%q: %v, %v", bad, got, err)
 		}
 	}

@@ -59,6 +59,9 @@ type ZFS interface {
 	Objects(ctx context.Context, name string) (int64, error)
 	// Children are the names of the filesystems directly below parent, in no order.
 	Children(ctx context.Context, parent string) ([]string, error)
+	// Taken are the snapshots of a filesystem, oldest first, with those of the
+	// properties that each has itself.
+	Taken(ctx context.Context, name string, properties []string) ([]Entry, error)
 	// Detached says that a call whose context ended may still take effect later.
 	Detached() bool
 	// Close gives back what the others use.
@@ -76,6 +79,9 @@ const (
 type Way interface {
 	ZFS
 	Lister
+	// Rollback takes a filesystem back to its latest snapshot, which has to be that
+	// one. FailedPrecondition: it is not.
+	Rollback(ctx context.Context, snapshot string) error
 }
 
 // New opens a way to ZFS. With Auto, go-zfs serves where the loaded module is not

@@ -186,6 +186,9 @@ func Lookup(dir, namespace, id string) (int, error) {
 	return vmid, err
 }
 
+// Records are all in dir, as List has them.
+func Records(dir string) ([]Record, error) { return (&Registry{dir: dir}).List() }
+
 // Register gives a container its VMID and its conf, and its disk the name that
 // goes with them: the one it has, or else want, or if that is 0 any that is free.
 // The limits of a conf that it has stay as they are, unless the container asks for others than
@@ -298,8 +301,8 @@ func (r *Registry) vmid(ctx context.Context, rec *Record, want int, c *pve.Conta
 		conf, err := r.conf(ctx, rec)
 		switch {
 		case err == nil && rec.mine(conf):
-			if job := conf.Lock(); job != "" {
-				return false, fmt.Errorf("VMID %[1]d is locked by a job of Proxmox's (%[2]s): wait for its end, or `pct unlock %[1]d` if there is none: %[3]w", rec.VMID, job, errdefs.ErrFailedPrecondition)
+			if err := conf.Free(rec.VMID); err != nil {
+				return false, err
 			}
 			if c.Limits == rec.Spec {
 				return false, r.seen(rec, string(conf.Bytes()))
