@@ -628,6 +628,15 @@ func TestVersions(t *testing.T) {
 			if out, code := ctr("task", "exec", "--exec-id", "e", "old2", "sh", "-c", "echo in; exit 4"); code != 4 || out != "in\n" {
 				t.Errorf("exec: status %d, %q", code, out)
 			}
+			// 1.7 finds a shim again by what that wrote, 2.2 by what it wrote itself.
+			for _, args := range [][]string{{"down"}, {"up", "--containerd", version}} {
+				if out, code := command(append([]string{"stack"}, args...)...); code != 0 {
+					t.Fatal(out)
+				}
+			}
+			if out, code := ctr("task", "exec", "--exec-id", "e", "old2", "sh", "-c", "echo still; exit 5"); code != 5 || out != "still\n" {
+				t.Errorf("after containerd's restart: status %d, %q", code, out)
+			}
 			if out, code := ctr("task", "kill", "-s", "KILL", "old2"); code != 0 {
 				t.Error(out)
 			}

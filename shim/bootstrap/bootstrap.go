@@ -35,6 +35,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/containerd/typeurl/v2"
+	"github.com/moby/sys/atomicwriter"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/runtime-spec/specs-go/features"
 	"golang.org/x/sys/unix"
@@ -221,6 +222,13 @@ func serve(ctx context.Context, v *invocation, r *request) (_ string, retErr err
 	address, err := containerdshim.CreateSocketAddress(ctx, socketRoot(r.socketDir), r.address, group(".", v.id), false)
 	if err != nil {
 		return "", err
+	}
+	if r.legacy {
+		// containerd up to 1.7 finds the shim again by this file after a restart; later ones
+		// write their own, and read this one on the way up from there.
+		if err := atomicwriter.WriteFile(filepath.Join(v.bundle, "address"), []byte(address), 0o600); err != nil {
+			return "", fmt.Errorf("the shim's address: %w", err)
+		}
 	}
 	socket, err := containerdshim.NewSocket(address)
 	if containerdshim.SocketEaddrinuse(err) {
