@@ -66,26 +66,47 @@ func TestState(t *testing.T) {
 	b.write("/data", "2")
 	toolRun(t, 0, "snapshot", "two", "stateful")
 	b.isFile("/data", "2") // it runs on
-	var list []struct{ Name, Description string }
+	var list []struct{ Name, Description, Image string }
 	must(t, json.Unmarshal([]byte(toolRun(t, 0, "snapshots", "stateful", "--format", "json")), &list))
-	if len(list) != 2 || list[0].Name != "one" || list[0].Description != "before it breaks" || list[1].Name != "two" {
+	if len(list) != 2 || list[0].Name != "one" || list[0].Description != "before it breaks" || list[1].Name != "two" || !strings.HasPrefix(list[0].Image, debian+"@sha256:") {
 		t.Errorf("%+v", list)
 	}
 	if out := toolRun(t, 0, "snapshots", "stateful"); !strings.Contains(out, "before it breaks") {
 		t.Errorf("table: %s", out)
 	}
+	b.write("/added", "3")
+	for _, name := range []string{"one", "two"} {
+		out := toolRun(t, 0, "diff", name, "stateful")
+		if strings.Contains(out, "C /data\n") != (name == "one") || !strings.Contains(out, "A /added\n") {
+			t.Errorf("what changed since %s:\n%s", name, out)
+		}
+	}
+	if out := toolRun(t, 0, "diff", "two", "stateful", "--format", "json"); !strings.Contains(out, `"path": "/added"`) {
+		t.Errorf("as JSON: %s", out)
+	}
 	toolRun(t, 0, "rollback", "two", "stateful")
 	b.again()
 	b.isFile("/data", "2")
+	if out := toolRun(t, 0, "diff", "two", "stateful"); strings.Contains(out, "/added") {
+		t.Errorf("what changed since the rollback:\n%s", out)
+	}
 	for _, refused := range [][]string{
 		{"rollback", "one", "stateful"}, {"rollback", "none", "stateful"}, {"snapshot", "one", "stateful"}, {"snapshot", "a b", "stateful"}, {"snapshot", "snapshot", "stateful"},
-		{"rm-snapshot", "none", "stateful"}, {"snapshot", "x1", "none"}, {"snapshot", "x1", "stateful", "-n", "other"}, {"snapshots", "stateful", "--format", "xml"}, {"snapshot", "x1"},
+		{"rm-snapshot", "none", "stateful"}, {"diff", "none", "stateful"}, {"diff", "one", "stateful", "--format", "xml"}, {"snapshot", "x1", "none"}, {"snapshot", "x1", "stateful", "-n", "other"}, {"snapshots", "stateful", "--format", "xml"}, {"snapshot", "x1"},
 	} {
 		t.Log(refused, toolRun(t, 1, refused...))
 	}
+	// Its configuration is taken back as well.
+	spec, err := b.container.Spec(b.ctx)
+	must(t, err)
+	spec.Process.Env = append(spec.Process.Env, "LATER=1")
+	must(t, b.container.Update(b.ctx, client.UpdateContainerOpts(client.WithSpec(spec))))
 	toolRun(t, 0, "rollback", "one", "stateful", "--force")
 	b.again()
 	b.isFile("/data", "1")
+	if env, _, err := b.execIn([]string{"cat", "/proc/1/environ"}, nil); err != nil || strings.Contains(env, "LATER") || !strings.Contains(env, "PATH=") {
+		t.Errorf("its environment: %q, %v", env, err)
+	}
 	eventually(t, time.Minute, "the output of three tasks is there", func() bool {
 		text, err := os.ReadFile(file)
 		return err == nil && string(text) == "begun\nbegun\nbegun\n"

@@ -10,6 +10,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -133,7 +134,10 @@ func changeSomething(t *testing.T, r *rand.Rand, dir string, n int) {
 			_ = os.Link(some, name)
 		}
 	case 8:
-		if f, err := os.OpenFile(some, os.O_WRONLY|os.O_APPEND|unix.O_NONBLOCK, 0); err == nil && regular {
+		if !regular {
+			break
+		}
+		if f, err := os.OpenFile(some, os.O_WRONLY|os.O_APPEND, 0); err == nil {
 			fmt.Fprint(f, n)
 			f.Close()
 		}
@@ -201,6 +205,74 @@ func TestCompare(t *testing.T) {
 		if _, err := c.zfs.Stat(ctx, name); !errdefs.IsNotFound(err) {
 			t.Errorf("the temporary snapshot %s is there: %v", name, err)
 		}
+	}
+}
+
+// TestSince: what changed in a filesystem in use since its snapshot is told by ZFS as by
+// a walk through both.
+func TestSince(t *testing.T) {
+	ctx := t.Context()
+	c := openComparing(t)
+	paths := func(dir string) map[string]bool {
+		all := map[string]bool{}
+		err := filepath.WalkDir(dir, func(p string, _ fs.DirEntry, err error) error {
+			all[strings.TrimPrefix(p, dir)] = true
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		delete(all, "")
+		return all
+	}
+	for seed := range uint64(6) {
+		r := rand.New(rand.NewPCG(seed, 2))
+		n := int(seed) * 1000
+		m, dir := c.prepare(ctx, t, fmt.Sprint("since-", seed), "")
+		for range 60 {
+			n++
+			changeSomething(t, r, dir, n)
+		}
+		snapshot := m[0].Source + "@then"
+		if err := c.zfs.Snapshot(ctx, snapshot, nil); err != nil {
+			t.Fatal(err)
+		}
+		before := paths(dir)
+		if all, err := compare.Since(ctx, c.zfs, snapshot); err != nil || len(all) > 0 {
+			t.Errorf("seed %d: %v, %v where nothing changed", seed, all, err)
+		}
+		for range 20 {
+			n++
+			changeSomething(t, r, dir, n)
+		}
+		after := paths(dir)
+		asked := c.zfs.diffs
+		told, err := compare.Since(ctx, c.zfs, snapshot)
+		if err != nil || c.zfs.diffs != asked+1 {
+			t.Fatalf("seed %d: %v, ZFS was asked %d times", seed, err, c.zfs.diffs-asked)
+		}
+		walked, err := compare.Since(ctx, struct{ compare.ZFS }{c.zfs}, snapshot)
+		if err != nil {
+			t.Fatal(err)
+		}
+		// A walk does not see all that was changed of a file.
+		if d := cmp.Diff(walked, slices.DeleteFunc(slices.Clone(told), func(d compare.Difference) bool {
+			return d.Kind == compare.Modified && !slices.Contains(walked, d)
+		})); d != "" {
+			t.Errorf("seed %d: walked (-), told by ZFS (+):\n%s", seed, d)
+		}
+		for _, d := range told {
+			was, is := before[d.Path], after[d.Path]
+			if d.Path == "/" {
+				was, is = true, true
+			}
+			if want := map[compare.Kind][2]bool{compare.Added: {false, true}, compare.Modified: {true, true}, compare.Deleted: {true, false}}[d.Kind]; want != [2]bool{was, is} {
+				t.Errorf("seed %d: %+v was there %v, is there %v", seed, d, was, is)
+			}
+		}
+	}
+	if _, err := compare.Since(ctx, c.zfs, "none/of@them"); !errors.Is(err, unix.ENOENT) {
+		t.Error("none was compared")
 	}
 }
 

@@ -61,8 +61,8 @@ func containerCommand() *cobra.Command {
 		Short: "list them with their VMIDs, states, memory and disks",
 		Args:  cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			if format != "table" && format != "json" {
-				return fmt.Errorf("--format %q is neither table nor json: %w", format, errdefs.ErrInvalidArgument)
+			if err := checkFormat(format); err != nil {
+				return err
 			}
 			conf, err := readConfig(path, c.Flags().Changed("config"))
 			if err != nil {

@@ -48,8 +48,8 @@ type snapshot struct {
 func snapshotsCommand() *cobra.Command {
 	var path, dataset, address, format string
 	run := func(c *cobra.Command, _ []string) error {
-		if format != "table" && format != "json" {
-			return fmt.Errorf("--format %q is neither table nor json: %w", format, errdefs.ErrInvalidArgument)
+		if err := checkFormat(format); err != nil {
+			return err
 		}
 		conf, err := readConfig(path, c.Flags().Changed("config"))
 		if err != nil {
@@ -171,6 +171,14 @@ func printSnapshots(w io.Writer, format string, list []snapshot, now time.Time) 
 }
 
 // printJSON is what --format json prints.
+// checkFormat refuses what is no format of a list.
+func checkFormat(format string) error {
+	if format != "table" && format != "json" {
+		return fmt.Errorf("--format %q is neither table nor json: %w", format, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
 func printJSON(w io.Writer, list any) error {
 	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	containersapi "github.com/containerd/containerd/api/services/containers/v1"
+	imagesapi "github.com/containerd/containerd/api/services/images/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
 	tasktypes "github.com/containerd/containerd/api/types/task"
@@ -22,8 +23,11 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
 	"github.com/containerd-pve/containerd-pve/lxc/pve/registry"
+	"github.com/containerd-pve/containerd-pve/snapshotter/compare"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 	"github.com/containerd-pve/containerd-pve/template/state"
 )
@@ -108,17 +112,17 @@ func (t *tasks) Stop(ctx context.Context, id string) (func(context.Context) erro
 // start begins a task with the output of the one before, if that went to a file or
 // a program: a FIFO's reader is gone.
 func (t *tasks) start(ctx context.Context, id string, before *tasktypes.Process) error {
-	c, err := containersapi.NewContainersClient(t.conn).Get(ctx, &containersapi.GetContainerRequest{ID: id})
+	c, err := (&configs{t.conn}).get(ctx, id)
 	if err != nil {
-		return errgrpc.ToNative(err)
+		return err
 	}
-	m, err := snapshotsapi.NewSnapshotsClient(t.conn).Mounts(ctx, &snapshotsapi.MountsRequest{Snapshotter: c.Container.Snapshotter, Key: c.Container.SnapshotKey})
+	m, err := snapshotsapi.NewSnapshotsClient(t.conn).Mounts(ctx, &snapshotsapi.MountsRequest{Snapshotter: c.Snapshotter, Key: c.SnapshotKey})
 	if err != nil {
 		return errgrpc.ToNative(err)
 	}
 	client := tasksapi.NewTasksClient(t.conn)
 	_, err = client.Create(ctx, &tasksapi.CreateTaskRequest{
-		ContainerID: id, Rootfs: m.Mounts, Stdout: lasting(before.Stdout), Stderr: lasting(before.Stderr), Terminal: before.Terminal, Options: c.Container.Runtime.Options,
+		ContainerID: id, Rootfs: m.Mounts, Stdout: lasting(before.Stdout), Stderr: lasting(before.Stderr), Terminal: before.Terminal, Options: c.Runtime.Options,
 	})
 	// The restart monitor, for one, may have been faster.
 	if err = errgrpc.ToNative(err); err != nil {
@@ -129,6 +133,63 @@ func (t *tasks) start(ctx context.Context, id string, before *tasktypes.Process)
 	}
 	_, err = client.Start(ctx, &tasksapi.StartRequest{ContainerID: id})
 	return errgrpc.ToNative(err)
+}
+
+// configs are what containerd knows of the containers of the namespace in the context.
+type configs struct{ conn *grpc.ClientConn }
+
+func (c *configs) get(ctx context.Context, id string) (*containersapi.Container, error) {
+	a, err := containersapi.NewContainersClient(c.conn).Get(ctx, &containersapi.GetContainerRequest{ID: id})
+	if err != nil {
+		return nil, fmt.Errorf("asking containerd: %w", errgrpc.ToNative(err))
+	}
+	return a.Container, nil
+}
+
+func (c *configs) Config(ctx context.Context, id string) (state.Config, error) {
+	found, err := c.get(ctx, id)
+	if err != nil {
+		return state.Config{}, err
+	}
+	config := state.Config{Image: found.Image}
+	if config.Record, err = proto.Marshal(found); err != nil {
+		return state.Config{}, fmt.Errorf("container %s: %w", id, err)
+	}
+	if found.Image == "" {
+		return config, nil
+	}
+	i, err := imagesapi.NewImagesClient(c.conn).Get(ctx, &imagesapi.GetImageRequest{Name: found.Image})
+	if err = errgrpc.ToNative(err); errdefs.IsNotFound(err) {
+		return config, nil // it was removed; its layers are there for as long as the container is
+	}
+	if err != nil {
+		return state.Config{}, fmt.Errorf("image %s: %w", found.Image, err)
+	}
+	config.Image += "@" + i.Image.Target.Digest
+	return config, nil
+}
+
+// SetConfig sets the spec: id, image and snapshot are the container's for its life,
+// and labels are whoever's put them there.
+func (c *configs) SetConfig(ctx context.Context, id string, record []byte) error {
+	var kept containersapi.Container
+	if err := proto.Unmarshal(record, &kept); err != nil {
+		return fmt.Errorf("the configuration of container %s that was kept: %w: %w", id, err, errdefs.ErrDataLoss)
+	}
+	now, err := c.get(ctx, id)
+	if err != nil {
+		return err
+	}
+	if proto.Equal(now.Spec, kept.Spec) {
+		return nil
+	}
+	_, err = containersapi.NewContainersClient(c.conn).Update(ctx, &containersapi.UpdateContainerRequest{
+		Container: &containersapi.Container{ID: id, Spec: kept.Spec}, UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"spec"}},
+	})
+	if err != nil {
+		return fmt.Errorf("the configuration of container %s: %w", id, errgrpc.ToNative(err))
+	}
+	return nil
 }
 
 // lasting is an output's address if it is a file or a program.
@@ -171,16 +232,16 @@ func (s *stateTool) open(ctx context.Context, set bool, name string) (_ context.
 		return fail(err)
 	}
 	ctx = namespaces.WithNamespace(ctx, namespace)
-	a, err := containersapi.NewContainersClient(conn).Get(ctx, &containersapi.GetContainerRequest{ID: id})
+	found, err := (&configs{conn}).get(ctx, id)
 	if err != nil {
-		return fail(fmt.Errorf("container %s in namespace %s (of another: -n): %w", id, namespace, errgrpc.ToNative(err)))
+		return fail(fmt.Errorf("%w (-n says in which namespace)", err))
 	}
-	m, err := snapshotsapi.NewSnapshotsClient(conn).Mounts(ctx, &snapshotsapi.MountsRequest{Snapshotter: a.Container.Snapshotter, Key: a.Container.SnapshotKey})
+	m, err := snapshotsapi.NewSnapshotsClient(conn).Mounts(ctx, &snapshotsapi.MountsRequest{Snapshotter: found.Snapshotter, Key: found.SnapshotKey})
 	if err != nil {
 		return fail(fmt.Errorf("the root file system of container %s: %w", id, errgrpc.ToNative(err)))
 	}
-	if a.Container.Snapshotter != snapshotterName || len(m.Mounts) != 1 || m.Mounts[0].Type != "zfs" {
-		return fail(fmt.Errorf("container %s has its root file system from snapshotter %q; only those of %s have a state on ZFS: %w", id, a.Container.Snapshotter, snapshotterName, errdefs.ErrFailedPrecondition))
+	if found.Snapshotter != snapshotterName || len(m.Mounts) != 1 || m.Mounts[0].Type != "zfs" {
+		return fail(fmt.Errorf("container %s has its root file system from snapshotter %q; only those of %s have a state on ZFS: %w", id, found.Snapshotter, snapshotterName, errdefs.ErrFailedPrecondition))
 	}
 	c := state.Container{ID: id, Dataset: m.Mounts[0].Source}
 	if c.VMID, err = registry.Lookup(recordsOf(conf), namespace, id); err != nil && !errdefs.IsNotFound(err) {
@@ -190,7 +251,9 @@ func (s *stateTool) open(ctx context.Context, set bool, name string) (_ context.
 	if err != nil {
 		return fail(err)
 	}
-	store := &state.Store{ZFS: z, Tasks: &tasks{conn}}
+	store := &state.Store{ZFS: z, Tasks: &tasks{conn}, Configs: &configs{conn}, Since: func(ctx context.Context, snapshot string) ([]compare.Difference, error) {
+		return compare.Since(ctx, z, snapshot)
+	}}
 	node, err := thisNode(conf)
 	if err != nil {
 		return fail(errors.Join(err, z.Close()))
@@ -223,13 +286,16 @@ func (s *stateTool) find(ctx context.Context, conn *grpc.ClientConn, records, na
 	return s.namespace, name, nil
 }
 
+// stateAction is what one of them does, with its arguments.
+type stateAction func(ctx context.Context, store *state.Store, c state.Container, args []string, w io.Writer) error
+
 // stateCommands are those on snapshots of containers.
 func stateCommands() []*cobra.Command {
 	var s stateTool
 	var description, format string
 	var force bool
 	const container = "CONTAINER is its id, or its VMID on a node of Proxmox."
-	with := func(f func(ctx context.Context, store *state.Store, c state.Container, args []string, w io.Writer) error) func(*cobra.Command, []string) error {
+	with := func(f stateAction) func(*cobra.Command, []string) error {
 		return func(c *cobra.Command, args []string) error {
 			ctx, store, of, end, err := s.open(c.Context(), c.Flags().Changed("config"), args[len(args)-1])
 			if err != nil {
@@ -237,6 +303,14 @@ func stateCommands() []*cobra.Command {
 			}
 			defer end()
 			return f(ctx, store, of, args, c.OutOrStdout())
+		}
+	}
+	listing := func(f stateAction) func(*cobra.Command, []string) error {
+		return func(c *cobra.Command, args []string) error {
+			if err := checkFormat(format); err != nil {
+				return err
+			}
+			return with(f)(c, args)
 		}
 	}
 	take := &cobra.Command{
@@ -251,20 +325,29 @@ func stateCommands() []*cobra.Command {
 	list := &cobra.Command{
 		Use: "snapshots CONTAINER", Short: "list the states that are kept", Long: "Lists the states that are kept, oldest first.\n" + container,
 		Args: cobra.ExactArgs(1),
-		RunE: func(c *cobra.Command, args []string) error {
-			if format != "table" && format != "json" {
-				return fmt.Errorf("--format %q is neither table nor json: %w", format, errdefs.ErrInvalidArgument)
+		RunE: listing(func(ctx context.Context, store *state.Store, c state.Container, _ []string, w io.Writer) error {
+			all, err := store.List(ctx, c)
+			if err != nil {
+				return err
 			}
-			return with(func(ctx context.Context, store *state.Store, of state.Container, _ []string, w io.Writer) error {
-				all, err := store.List(ctx, of)
-				if err != nil {
-					return err
-				}
-				return printStates(w, format, all)
-			})(c, args)
-		},
+			return printStates(w, format, all)
+		}),
 	}
-	list.Flags().StringVar(&format, "format", "table", "table or json")
+	diff := &cobra.Command{
+		Use: "diff NAME CONTAINER", Short: "list the files that changed since a state was kept",
+		Long: "Lists the names of files that were added (A), changed (C) or deleted (D) since a state was kept; of a deleted directory its name only.\n" + container,
+		Args: cobra.ExactArgs(2),
+		RunE: listing(func(ctx context.Context, store *state.Store, c state.Container, args []string, w io.Writer) error {
+			all, err := store.Diff(ctx, c, args[0])
+			if err != nil {
+				return err
+			}
+			return printDiff(w, format, all)
+		}),
+	}
+	for _, c := range []*cobra.Command{list, diff} {
+		c.Flags().StringVar(&format, "format", "table", "table or json")
+	}
 	rollback := &cobra.Command{
 		Use: "rollback NAME CONTAINER", Short: "take it back to a state that was kept",
 		Long: "Takes root file system and configuration back to a state that was kept. A container that runs is stopped, and started again\n" +
@@ -282,7 +365,7 @@ func stateCommands() []*cobra.Command {
 			return store.Remove(ctx, c, args[0])
 		}),
 	}
-	all := []*cobra.Command{take, list, rollback, remove}
+	all := []*cobra.Command{take, list, diff, rollback, remove}
 	for _, c := range all {
 		f := c.Flags()
 		f.StringVarP(&s.path, "config", "c", defaultConfig, "configuration `file`")
@@ -305,4 +388,16 @@ func printStates(w io.Writer, format string, all []state.Snapshot) error {
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", cell(s.Name), s.Created.Local().Format(time.DateTime), units.BytesSize(float64(s.Used)), units.BytesSize(float64(s.Referenced)), cell(s.Description))
 	}
 	return t.Flush()
+}
+
+func printDiff(w io.Writer, format string, all []compare.Difference) error {
+	if format == "json" {
+		return printJSON(w, all)
+	}
+	for _, d := range all {
+		if _, err := fmt.Fprintln(w, d.Kind, cell(d.Path)); err != nil {
+			return err
+		}
+	}
+	return nil
 }

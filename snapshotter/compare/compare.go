@@ -151,7 +151,7 @@ func (c *Comparer) side(m []mount.Mount) (side, error) {
 }
 
 // ask asks ZFS what changed. Errors: errUnclear, the trees have to be walked.
-func (c *Comparer) ask(ctx context.Context, from, to side, fromTree, toTree *mounted) (_ []change, err error) {
+func (c *Comparer) ask(ctx context.Context, from, to side, fromTree, toTree *mounted) ([]change, error) {
 	differ, ok := c.zfs.(Differ)
 	if !ok || !from.view {
 		return nil, errUnclear
@@ -167,26 +167,33 @@ func (c *Comparer) ask(ctx context.Context, from, to side, fromTree, toTree *mou
 	if !child {
 		return nil, fmt.Errorf("%s is no child of %s: %w", to.dataset, base, errUnclear)
 	}
-	var after string
-	if to.view {
-		after, err = c.zfs.Property(ctx, to.dataset, "origin")
-	} else {
-		// What programs wrote by mmap is in the kernel's memory still.
-		if err := toTree.sync(); err != nil {
-			return nil, fmt.Errorf("syncing %s: %w", to.dataset, err)
-		}
-		var end func() error
-		if after, end, err = differ.TemporarySnapshot(ctx, to.dataset, "containerd-pve-diff"); err == nil {
-			defer func() { err = errors.Join(err, end()) }()
-		}
+	if !to.view {
+		return asked(ctx, differ, base, to.dataset, fromTree, toTree)
 	}
+	after, err := c.zfs.Property(ctx, to.dataset, "origin")
+	if err != nil || after == base {
+		return nil, err
+	}
+	return between(ctx, differ, base, after, fromTree, toTree)
+}
+
+// asked is what changed in a filesystem since the snapshot base, of it or of what
+// it was cloned from. Errors: errUnclear.
+func asked(ctx context.Context, differ Differ, base, filesystem string, from, to *mounted) (_ []change, err error) {
+	// What programs wrote by mmap is in the kernel's memory still.
+	if err := to.sync(); err != nil {
+		return nil, fmt.Errorf("syncing %s: %w", filesystem, err)
+	}
+	after, end, err := differ.TemporarySnapshot(ctx, filesystem, "containerd-pve-diff")
 	if err != nil {
 		return nil, err
 	}
-	if after == base {
-		return nil, nil
-	}
-	changes, err := collect(ctx, fromTree, toTree, func(f func(zfs.Change) error) error { return differ.Diff(ctx, base, after, f) })
+	defer func() { err = errors.Join(err, end()) }()
+	return between(ctx, differ, base, after, from, to)
+}
+
+func between(ctx context.Context, differ Differ, base, after string, from, to *mounted) ([]change, error) {
+	changes, err := collect(ctx, from, to, func(f func(zfs.Change) error) error { return differ.Diff(ctx, base, after, f) })
 	if errors.Is(err, unix.ENAMETOOLONG) {
 		return nil, fmt.Errorf("%w: %w", errUnclear, err)
 	}

@@ -1,5 +1,5 @@
 // Package state keeps what a container was: snapshots of its root file system
-// with its configuration, and the way back to them. It owns the ZFS snapshots of containers'
+// with its configuration, containerd's and Proxmox's, and the way back to them. It owns the ZFS snapshots of containers'
 // datasets that bear its mark and, under the lock that Proxmox's tools take as well, their sections in
 // the containers' confs. It never touches a snapshot that another took, nor a dataset itself.
 //
@@ -20,6 +20,7 @@ import (
 
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
 	"github.com/containerd-pve/containerd-pve/snapshotter"
+	"github.com/containerd-pve/containerd-pve/snapshotter/compare"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
@@ -42,6 +43,10 @@ type Snapshot struct {
 	Referenced int64 `json:"referenced"`
 	// Foreign is one that another took, `pct snapshot` or `zfs snapshot`.
 	Foreign bool `json:"foreign"`
+	// Image is the container's then; empty if another took the snapshot.
+	Image string `json:"image"`
+	// own are its properties.
+	own zfs.Properties
 	// begun is one to which a rollback began and did not end.
 	begun bool
 }
@@ -75,12 +80,22 @@ type Tasks interface {
 	Stop(ctx context.Context, id string) (start func(context.Context) error, err error)
 }
 
+// Configs reads and sets what containerd knows of a container.
+type Configs interface {
+	Config(ctx context.Context, id string) (Config, error)
+	// SetConfig gives it the configuration that a record has, all that a task is made from.
+	SetConfig(ctx context.Context, id string, record []byte) error
+}
+
 // Store is of one host.
 type Store struct {
-	ZFS   ZFS
-	Tasks Tasks
+	ZFS     ZFS
+	Tasks   Tasks
+	Configs Configs
 	// Confs is nil where there is no Proxmox.
 	Confs Confs
+	// Since compares a container's files with those in one of its snapshots, see compare.Since.
+	Since func(ctx context.Context, snapshot string) ([]compare.Difference, error)
 }
 
 // reserved is what the snapshotter calls the snapshots of layers.
@@ -129,11 +144,20 @@ func (s *Store) Take(ctx context.Context, c Container, name, description string)
 		if i := index(all, name); i >= 0 {
 			return fmt.Errorf("container %s has a snapshot %s of %s: %w", c.ID, name, all[i].Created.Local().Format(time.DateTime), errdefs.ErrAlreadyExists)
 		}
+		config, err := s.Configs.Config(ctx, c.ID)
+		if err != nil {
+			return err
+		}
+		props, err := config.encode()
+		if err != nil {
+			return fmt.Errorf("container %s: %w", c.ID, err)
+		}
+		props[snapshotter.PropTaken] = description + " "
 		resume, err := s.Tasks.Still(ctx, c.ID)
 		if err != nil {
 			return err
 		}
-		err = s.ZFS.Snapshot(ctx, full, zfs.Properties{snapshotter.PropTaken: description + " "})
+		err = s.ZFS.Snapshot(ctx, full, props)
 		// It goes on whatever became of the caller.
 		err = errors.Join(err, resume(context.WithoutCancel(ctx)))
 		if err != nil || conf == nil {
@@ -150,7 +174,7 @@ func (s *Store) Take(ctx context.Context, c Container, name, description string)
 // taken are the snapshots, oldest first. With a conf those are destroyed that a
 // crash left before they were written into it.
 func (s *Store) taken(ctx context.Context, c Container, conf *pve.Conf) ([]Snapshot, error) {
-	entries, err := s.ZFS.Taken(ctx, c.Dataset, []string{snapshotter.PropTaken, propBack})
+	entries, err := s.ZFS.Taken(ctx, c.Dataset, append(configProperties(), snapshotter.PropTaken, propBack))
 	if err != nil {
 		return nil, fmt.Errorf("the snapshots of container %s: %w", c.ID, err)
 	}
@@ -163,7 +187,7 @@ func (s *Store) taken(ctx context.Context, c Container, conf *pve.Conf) ([]Snaps
 			left = append(left, e.Name)
 			continue
 		}
-		all = append(all, Snapshot{Name: name, Description: strings.TrimSuffix(text, " "), Created: e.Created, Used: e.Used, Referenced: e.Referenced, Foreign: !ours, begun: e.Own[propBack] != ""})
+		all = append(all, Snapshot{Name: name, Description: strings.TrimSuffix(text, " "), Created: e.Created, Used: e.Used, Referenced: e.Referenced, Foreign: !ours, Image: e.Own[propImage], own: e.Own, begun: e.Own[propBack] != ""})
 	}
 	if len(left) == 0 {
 		return all, nil
@@ -182,6 +206,14 @@ func index(all []Snapshot, name string) int {
 // List are a container's snapshots, oldest first.
 func (s *Store) List(ctx context.Context, c Container) ([]Snapshot, error) {
 	return s.taken(ctx, c, nil)
+}
+
+// Diff is what changed in a container's files since a snapshot, whoever took that. Errors: NotFound.
+func (s *Store) Diff(ctx context.Context, c Container, name string) ([]compare.Difference, error) {
+	if _, _, err := s.find(ctx, c, nil, name); err != nil {
+		return nil, err
+	}
+	return s.Since(ctx, c.Dataset+"@"+name)
 }
 
 // find are a container's snapshots, and the place of one among them. Errors:
@@ -219,6 +251,7 @@ func (s *Store) Rollback(ctx context.Context, c Container, name string, force bo
 	var start func(context.Context) error
 	var newer []Snapshot
 	var before []byte
+	var config *Config
 	err := s.change(ctx, c, func(conf *pve.Conf) (err error) {
 		all, i, err := s.find(ctx, c, conf, name)
 		if err != nil {
@@ -231,6 +264,9 @@ func (s *Store) Rollback(ctx context.Context, c Container, name string, force bo
 		}
 		if conf != nil && !slices.Contains(conf.Snapshots(), name) {
 			return fmt.Errorf("the conf of VMID %d does not list snapshot %s, which was taken by ZFS alone: %w", c.VMID, name, errdefs.ErrFailedPrecondition)
+		}
+		if config, err = decode(all[i].own); err != nil {
+			return fmt.Errorf("snapshot %s of container %s: %w", name, c.ID, err)
 		}
 		newer = all[i+1:]
 		if len(newer) > 0 && !force {
@@ -258,7 +294,7 @@ func (s *Store) Rollback(ctx context.Context, c Container, name string, force bo
 	})
 	if err == nil {
 		// From here on the caller's end would leave neither the old nor the new state.
-		err = s.back(context.WithoutCancel(ctx), c, name, newer, before)
+		err = s.back(context.WithoutCancel(ctx), c, name, newer, config, before)
 	}
 	if start == nil {
 		return err
@@ -268,7 +304,7 @@ func (s *Store) Rollback(ctx context.Context, c Container, name string, force bo
 }
 
 // back is the rollback itself; before is the conf that it fails to.
-func (s *Store) back(ctx context.Context, c Container, name string, newer []Snapshot, before []byte) error {
+func (s *Store) back(ctx context.Context, c Container, name string, newer []Snapshot, config *Config, before []byte) error {
 	full := c.Dataset + "@" + name
 	var failed error
 	err := s.change(ctx, c, func(conf *pve.Conf) error {
@@ -280,12 +316,20 @@ func (s *Store) back(ctx context.Context, c Container, name string, newer []Snap
 		if failed == nil {
 			failed = s.ZFS.Rollback(ctx, full)
 		}
-		switch {
-		case conf == nil:
-			return nil
-		case failed != nil:
+		if failed != nil {
+			if conf == nil {
+				return nil
+			}
 			*conf = *pve.Parse(before)
 			return s.gone(ctx, c, conf, newer)
+		}
+		if config != nil {
+			if err := s.Configs.SetConfig(ctx, c.ID, config.Record); err != nil {
+				return err
+			}
+		}
+		if conf == nil {
+			return nil
 		}
 		return conf.Rollback(name)
 	})

@@ -1,10 +1,12 @@
 package state
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
@@ -25,6 +27,7 @@ type host struct {
 	fail   map[string]error
 	pinned string // a snapshot that a clone needs
 	files  string // the snapshot that the files are of
+	config string // what containerd knows of it
 	left   int    // steps until the end of this process; 0: none
 }
 
@@ -106,13 +109,25 @@ func (h *host) Stop(context.Context, string) (func(context.Context) error, error
 	return func(context.Context) error { return h.did("start") }, h.did("stop")
 }
 
+func (h *host) Config(context.Context, string) (Config, error) {
+	return Config{Image: "img@sha256:1", Record: []byte(h.config)}, h.fail["config"]
+}
+
+func (h *host) SetConfig(_ context.Context, _ string, record []byte) error {
+	if err := h.did("config"); err != nil {
+		return err
+	}
+	h.config = string(record)
+	return nil
+}
+
 func (h *host) steps() string {
 	s := strings.Join(h.log, "; ")
 	h.log = nil
 	return s
 }
 
-func store(h *host) *Store { return &Store{ZFS: h, Tasks: h, Confs: h} }
+func store(h *host) *Store { return &Store{ZFS: h, Tasks: h, Configs: h, Confs: h} }
 
 var (
 	plain = Container{ID: "web", Dataset: "tank/c/7"}
@@ -158,7 +173,7 @@ func TestPlain(t *testing.T) {
 	if err := s.Rollback(ctx, plain, "one", true); err != nil {
 		t.Error(err)
 	}
-	isSteps(t, h, "stop; destroy tank/c/7@three; destroy tank/c/7@two; rollback tank/c/7@one; start")
+	isSteps(t, h, "stop; destroy tank/c/7@three; destroy tank/c/7@two; rollback tank/c/7@one; config; start")
 	if err := s.Remove(ctx, plain, "one"); err != nil {
 		t.Error(err)
 	}
@@ -189,7 +204,7 @@ func TestProxmox(t *testing.T) {
 		t.Fatal(err)
 	}
 	isSteps(t, h, "stop; mark tank/data/subvol-100-disk-0@one map[containerd-pve:rollback:begun]; conf; destroy tank/data/subvol-100-disk-0@two; "+
-		"rollback tank/data/subvol-100-disk-0@one; conf; mark tank/data/subvol-100-disk-0@one map[containerd-pve:rollback:]; start")
+		"rollback tank/data/subvol-100-disk-0@one; config; conf; mark tank/data/subvol-100-disk-0@one map[containerd-pve:rollback:]; start")
 	if v, _ := h.conf.Get("memory"); v != "64" || !slices.Equal(h.conf.Snapshots(), []string{"one"}) {
 		t.Errorf("%s", h.conf.Bytes())
 	}
@@ -298,7 +313,10 @@ func TestCrashes(t *testing.T) {
 	prepared := func() *host {
 		h := &host{conf: pve.Parse([]byte("memory: 64\n"))}
 		s := store(h)
-		for _, err := range []error{s.Take(ctx, ct, "one", ""), h.conf.Set("memory", "128"), s.Take(ctx, ct, "two", ""), s.Take(ctx, ct, "three", "")} {
+		h.config = "of one"
+		one := s.Take(ctx, ct, "one", "")
+		h.config = "of two"
+		for _, err := range []error{one, h.conf.Set("memory", "128"), s.Take(ctx, ct, "two", ""), s.Take(ctx, ct, "three", "")} {
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -339,8 +357,8 @@ func TestCrashes(t *testing.T) {
 			}
 			steps++
 			memory, _ := h.conf.Get("memory")
-			if h.conf.Lock() == "" && (h.files != "") != (memory == "64") {
-				t.Errorf("%s, step %d: files of %q with memory of %s, and no lock", name, n, h.files, memory)
+			if back := h.files != ""; h.conf.Lock() == "" && (back != (memory == "64") || back != (h.config == "of one")) {
+				t.Errorf("%s, step %d: files of %q with memory of %s, configuration %s, and no lock", name, n, h.files, memory, h.config)
 			}
 			isOld := string(h.conf.Bytes()) == old
 			if err := f(store(h)); err != nil && (isOld || !errdefs.IsNotFound(err) && !errdefs.IsAlreadyExists(err)) {
@@ -362,7 +380,7 @@ func TestCrashes(t *testing.T) {
 			for _, e := range want.taken {
 				all = append(all, e.Name)
 			}
-			if !slices.Equal(got, all) || h.files != want.files {
+			if !slices.Equal(got, all) || h.files != want.files || h.config != want.config {
 				t.Errorf("%s, step %d: %v of %q, not %v of %q", name, n, got, h.files, all, want.files)
 			}
 		}
@@ -380,4 +398,60 @@ func unTimed(c *pve.Conf) string {
 		}
 	}
 	return strings.Join(lines, "")
+}
+
+func TestConfig(t *testing.T) {
+	noise := make([]byte, 90_000)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(noise)
+	for _, record := range [][]byte{nil, []byte("x"), noise, bytes.Repeat([]byte("spec "), 100_000)} {
+		p, err := Config{Image: "i", Record: record}.encode()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, v := range p {
+			if len(v) > partSize || !slices.Contains(configProperties(), name) {
+				t.Errorf("%s has %d bytes", name, len(v))
+			}
+		}
+		c, err := decode(p)
+		if err != nil || c.Image != "i" || !bytes.Equal(c.Record, record) {
+			t.Errorf("%d bytes: %v", len(record), err)
+		}
+	}
+	if _, err := (Config{Record: make([]byte, maxRecord+1)}).encode(); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("too long: %v", err)
+	}
+	if c, err := decode(nil); c != nil || err != nil {
+		t.Errorf("none: %v, %v", c, err)
+	}
+	// One that cannot be read stops a rollback before anything is done.
+	ctx, h := t.Context(), &host{}
+	if err := store(h).Take(ctx, plain, "one", ""); err != nil {
+		t.Fatal(err)
+	}
+	h.steps()
+	h.taken[0].Own[propRecord] = "rubbish"
+	if err := store(h).Rollback(ctx, plain, "one", false); !errdefs.IsDataLoss(err) {
+		t.Errorf("rubbish: %v", err)
+	}
+	isSteps(t, h, "")
+	h.fail = map[string]error{"config": errdefs.ErrNotFound}
+	if err := store(h).Take(ctx, plain, "two", ""); !errdefs.IsNotFound(err) {
+		t.Errorf("%v", err)
+	}
+	isSteps(t, h, "")
+}
+
+func FuzzConfig(f *testing.F) {
+	p, err := Config{Record: []byte("some")}.encode()
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(p[propRecord], "")
+	f.Add("H4sI", "AAAA")
+	f.Fuzz(func(t *testing.T, a, b string) {
+		if c, err := decode(zfs.Properties{propRecord: a, partOf(1): b}); err == nil && c != nil && len(c.Record) > maxRecord {
+			t.Errorf("%d bytes", len(c.Record))
+		}
+	})
 }
