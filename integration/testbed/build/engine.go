@@ -22,6 +22,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/mount"
 	"golang.org/x/sys/unix"
 )
 
@@ -108,6 +109,10 @@ func (c *Cache) Build(ctx context.Context, target *Stage) error {
 		return err
 	}
 	for _, d := range old { // of a builder that was killed: we hold the lock, so it is not at work
+		// The host's /proc, /sys and parts of /dev may be mounted below it.
+		if err := mount.UnmountRecursive(d, unix.MNT_DETACH); err != nil {
+			return fmt.Errorf("what a builder that was killed left mounted: %w", err)
+		}
 		if err := os.RemoveAll(d); err != nil {
 			return err
 		}

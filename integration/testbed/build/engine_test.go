@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestKey(t *testing.T) {
@@ -62,6 +64,29 @@ func TestBuild(t *testing.T) {
 	progress.Reset()
 	if err := c.Build(t.Context(), b); err != nil || progress.Len() > 0 {
 		t.Errorf("a second build: %v, %q", err, progress.String())
+	}
+}
+
+// TestMountsOfAKilledBuilder: what was mounted in its directory is not the cache's to remove.
+func TestMountsOfAKilledBuilder(t *testing.T) {
+	c := &Cache{Dir: t.TempDir(), Progress: &bytes.Buffer{}}
+	left, host := filepath.Join(c.Dir, "tmp-a-1", "root", "dev"), t.TempDir()
+	file := filepath.Join(host, "of-the-host")
+	if err := errors.Join(os.MkdirAll(left, 0o755), os.WriteFile(file, nil, 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount(host, left, "", unix.MS_BIND, ""); err != nil {
+		t.Skipf("mounts are not allowed here: %v", err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(left, unix.MNT_DETACH) })
+	if err := c.Build(t.Context(), &Stage{Name: "b", Script: "true"}); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(file); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Join(c.Dir, "tmp-a-1")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("its directory: %v", err)
 	}
 }
 
