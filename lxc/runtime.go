@@ -166,13 +166,19 @@ func program(explicit, name, hint string) (string, error) {
 	return filepath.Abs(path)
 }
 
+// InitProgram is the path of pve-init: explicit, or the one beside this program, or in
+// PATH. Errors: FailedPrecondition.
+func InitProgram(explicit string) (string, error) {
+	return program(explicit, "pve-init", "install it beside containerd-shim-pve-v2")
+}
+
 func (r *Runtime) openInit() (*initProgram, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.init != nil {
 		return r.init, nil
 	}
-	path, err := program(r.config.Init, "pve-init", "install it beside containerd-shim-pve-v2")
+	path, err := InitProgram(r.config.Init)
 	if err != nil {
 		return nil, err
 	}

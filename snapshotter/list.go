@@ -28,6 +28,14 @@ type Dataset struct {
 	Used, Referenced int64
 }
 
+// Committed is the snapshot that others are made of, dataset@name; empty if it is none yet.
+func (d Dataset) Committed() string {
+	if d.Kind != snapshots.KindCommitted {
+		return ""
+	}
+	return d.Name + committed
+}
+
 // Datasets lists the snapshots below dataset as ZFS holds them, and those that have
 // places below others; the oldest first. It needs no daemon and disturbs none.
 func Datasets(ctx context.Context, z zfs.Lister, dataset string, others ...string) ([]Dataset, error) {

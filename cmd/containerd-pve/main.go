@@ -40,7 +40,7 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	c.AddCommand(serveCommand(), checkCommand(), snapshotsCommand(), guardCommand(), containerCommand(), &cobra.Command{
+	c.AddCommand(serveCommand(), checkCommand(), snapshotsCommand(), guardCommand(), containerCommand(), templateCommand(), &cobra.Command{
 		Use:   "version",
 		Short: "print the version",
 		Args:  cobra.NoArgs,

@@ -50,20 +50,8 @@ func (p *process) setCredentials() error {
 	if err := unix.Prctl(unix.PR_SET_KEEPCAPS, 1, 0, 0, 0); err != nil {
 		return failed(plan.ErrorInternal, "process.capabilities: keeping them across setuid", err)
 	}
-	// Raw: the package syscall would change every thread, one after the other.
-	var groups *uint32
-	if len(p.Groups) > 0 {
-		groups = &p.Groups[0]
-	}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(p.Groups)), uintptr(unsafe.Pointer(groups)), 0); errno != 0 {
-		return failed(plan.ErrorInvalid, "process.user.additionalGids", errno)
-	}
-	gid, uid := uintptr(p.GID), uintptr(p.UID)
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, gid, gid, gid); errno != 0 {
-		return failed(plan.ErrorInvalid, "process.user.gid "+utoa(p.GID), errno)
-	}
-	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uid, uid, uid); errno != 0 {
-		return failed(plan.ErrorInvalid, "process.user.uid "+utoa(p.UID), errno)
+	if err := p.becomeUser(); err != nil {
+		return err
 	}
 	if err := setCaps(caps); err != nil {
 		return err
@@ -131,6 +119,26 @@ func setRlimits(list []specs.POSIXRlimit) error {
 		if _, _, errno := unix.RawSyscall6(unix.SYS_PRLIMIT64, 0, uintptr(resource), uintptr(unsafe.Pointer(&limit)), 0, 0, 0); errno != 0 {
 			return failed(plan.ErrorInvalid, "process.rlimits: "+l.Type, errno)
 		}
+	}
+	return nil
+}
+
+// becomeUser changes the ids of this thread.
+func (p *process) becomeUser() error {
+	// Raw: the package syscall would change every thread, one after the other.
+	var groups *uint32
+	if len(p.Groups) > 0 {
+		groups = &p.Groups[0]
+	}
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETGROUPS, uintptr(len(p.Groups)), uintptr(unsafe.Pointer(groups)), 0); errno != 0 {
+		return failed(plan.ErrorInvalid, "process.user.additionalGids", errno)
+	}
+	gid, uid := uintptr(p.GID), uintptr(p.UID)
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESGID, gid, gid, gid); errno != 0 {
+		return failed(plan.ErrorInvalid, "process.user.gid "+utoa(p.GID), errno)
+	}
+	if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, uid, uid, uid); errno != 0 {
+		return failed(plan.ErrorInvalid, "process.user.uid "+utoa(p.UID), errno)
 	}
 	return nil
 }

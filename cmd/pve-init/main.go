@@ -20,6 +20,11 @@
 //	enter FD EXE PIDFD    the same for a container with a user or a time namespace:
 //	                      goes on as exec, from EXE, once it is in
 //
+// Without a descriptor:
+//
+//	boot                  as PID 1 of a container made of a template, which Proxmox or
+//	                      LXC starts by themselves: what to become is in a file of the root
+//
 // CGROUP is a descriptor of the cgroup namespace to be in.
 //
 // The image and all processes of the container are hostile: a path is resolved
@@ -59,8 +64,11 @@ func main() {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		usage("PR_SET_DUMPABLE: " + err.Error())
 	}
+	if len(os.Args) == 2 && os.Args[1] == "boot" {
+		os.Exit(boot())
+	}
 	if len(os.Args) < 3 {
-		usage("usage: pve-init mount|init FD [CGROUP] | exec FD [PIDFD] | enter FD EXE PIDFD")
+		usage("usage: pve-init mount|init FD [CGROUP] | exec FD [PIDFD] | enter FD EXE PIDFD | boot")
 	}
 	args := make([]int, len(os.Args)-2)
 	for i, text := range os.Args[2:] {

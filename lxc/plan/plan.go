@@ -53,6 +53,14 @@ import (
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
+// What a template of ours has in its root, where the container's own configuration
+// cannot say what the image's process is.
+const (
+	BootDir  = "/.containerd-pve"
+	BootInit = BootDir + "/init"         // pve-init
+	BootFile = BootDir + "/process.json" // a Process: Args, Env, Cwd, UID, GID and Groups of it
+)
+
 // ErrorKind classifies an Event's error so that the shim can map it to a typed
 // error without reading its text.
 type ErrorKind string

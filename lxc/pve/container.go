@@ -103,15 +103,23 @@ func ReadHost() (Host, error) {
 
 var arches = map[string]string{"amd64": "amd64", "386": "i386", "arm64": "arm64", "arm": "armhf", "riscv64": "riscv64"}
 
+// Arch is what Proxmox calls an architecture of Go's. Errors: InvalidArgument.
+func Arch(goarch string) (string, error) {
+	if arch, ok := arches[goarch]; ok {
+		return arch, nil
+	}
+	return "", fmt.Errorf("conf: Proxmox knows no architecture %q: %w", goarch, errdefs.ErrInvalidArgument)
+}
+
 // Conf writes the conf of a new container. What Proxmox has no words for (an
 // entrypoint with an apostrophe, a variable with a line feed) is left out and named in
 // the description: the container runs as its image says all the same, because containerd
 // starts it. Errors: InvalidArgument, a rootfs that is none.
 func (c *Container) Conf(host Host) (*Conf, error) {
 	conf := &Conf{}
-	arch, ok := arches[c.Arch]
-	if !ok {
-		return nil, fmt.Errorf("conf: Proxmox knows no architecture %q: %w", c.Arch, errdefs.ErrInvalidArgument)
+	arch, err := Arch(c.Arch)
+	if err != nil {
+		return nil, err
 	}
 	hostname := c.Hostname
 	if check("hostname", hostname) != nil {

@@ -296,24 +296,37 @@ func (c *Conf) SetLock(job string) error {
 	return c.Set(lockKey, job)
 }
 
-// tagged says whether a conf bears our tag.
-func (c *Conf) tagged() bool {
+// Tagged says whether a conf bears a tag.
+func (c *Conf) Tagged(tag string) bool {
 	tags, _ := c.Get("tags")
-	return slices.Contains(strings.FieldsFunc(tags, func(r rune) bool { return strings.ContainsRune(";, ", r) }), Tag)
+	return slices.Contains(strings.FieldsFunc(tags, func(r rune) bool { return strings.ContainsRune(";, ", r) }), tag)
 }
 
-// Ours are the VMIDs of this node whose confs bear our tag.
-func (n *Node) Ours() ([]int, error) {
+// Guests are the VMIDs of this node's containers, in order.
+func (n *Node) Guests() ([]int, error) {
 	entries, err := os.ReadDir(filepath.Join(n.Root, "lxc"))
 	if err != nil {
 		return nil, n.failed("listing the guests of this node", err)
 	}
-	var ours []int
+	var all []int
 	for _, e := range entries {
 		vmid, err := strconv.Atoi(strings.TrimSuffix(e.Name(), ".conf"))
-		if err != nil || !strings.HasSuffix(e.Name(), ".conf") {
-			continue
+		if err == nil && strings.HasSuffix(e.Name(), ".conf") {
+			all = append(all, vmid)
 		}
+	}
+	slices.Sort(all)
+	return all, nil
+}
+
+// Ours are the VMIDs of this node whose confs bear our tag.
+func (n *Node) Ours() ([]int, error) {
+	all, err := n.Guests()
+	if err != nil {
+		return nil, err
+	}
+	var ours []int
+	for _, vmid := range all {
 		conf, err := n.Read(vmid)
 		if errdefs.IsNotFound(err) {
 			continue
@@ -321,11 +334,10 @@ func (n *Node) Ours() ([]int, error) {
 		if err != nil {
 			return nil, err
 		}
-		if conf.tagged() {
+		if conf.Tagged(Tag) {
 			ours = append(ours, vmid)
 		}
 	}
-	slices.Sort(ours)
 	return ours, nil
 }
 
@@ -335,28 +347,38 @@ const (
 	lockPause = 20 * time.Millisecond
 )
 
+// locked calls f while no other program of Proxmox's changes the conf.
 func (n *Node) locked(ctx context.Context, vmid int, f func() error) error {
+	limited, cancel := context.WithTimeout(ctx, lockLimit)
+	defer cancel()
+	return n.exclusive(limited, fmt.Sprintf("VMID %d", vmid), fmt.Sprintf("pve-config-%d.lock", vmid), f)
+}
+
+// Exclusive calls f while no other process on this host is in one of the same name.
+func (n *Node) Exclusive(ctx context.Context, name string, f func() error) error {
+	return n.exclusive(ctx, name, "containerd-pve-"+name+".lock", f)
+}
+
+func (n *Node) exclusive(ctx context.Context, what, file string, f func() error) error {
 	if err := os.MkdirAll(n.Locks, 0o755); err != nil {
-		return fmt.Errorf("locking VMID %d: %w", vmid, err)
+		return fmt.Errorf("locking %s: %w", what, err)
 	}
-	lock, err := os.OpenFile(filepath.Join(n.Locks, fmt.Sprintf("pve-config-%d.lock", vmid)), os.O_RDWR|os.O_CREATE, 0o644)
+	lock, err := os.OpenFile(filepath.Join(n.Locks, file), os.O_RDWR|os.O_CREATE, 0o644)
 	if err != nil {
-		return fmt.Errorf("locking VMID %d: %w", vmid, err)
+		return fmt.Errorf("locking %s: %w", what, err)
 	}
 	defer lock.Close()
-	ctx, cancel := context.WithTimeout(ctx, lockLimit)
-	defer cancel()
 	for {
 		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB)
 		if err == nil {
 			return f()
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("locking VMID %d: %w", vmid, err)
+			return fmt.Errorf("locking %s: %w", what, err)
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("VMID %d is locked by another program of Proxmox's: %w", vmid, ctx.Err())
+			return fmt.Errorf("%s is locked by another program: %w", what, ctx.Err())
 		case <-time.After(lockPause):
 		}
 	}

@@ -1,12 +1,10 @@
 package state
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"maps"
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
@@ -401,29 +399,6 @@ func unTimed(c *pve.Conf) string {
 }
 
 func TestConfig(t *testing.T) {
-	noise := make([]byte, 90_000)
-	_, _ = rand.NewChaCha8([32]byte{}).Read(noise)
-	for _, record := range [][]byte{nil, []byte("x"), noise, bytes.Repeat([]byte("spec "), 100_000)} {
-		p, err := Config{Image: "i", Record: record}.encode()
-		if err != nil {
-			t.Fatal(err)
-		}
-		for name, v := range p {
-			if len(v) > partSize || !slices.Contains(configProperties(), name) {
-				t.Errorf("%s has %d bytes", name, len(v))
-			}
-		}
-		c, err := decode(p)
-		if err != nil || c.Image != "i" || !bytes.Equal(c.Record, record) {
-			t.Errorf("%d bytes: %v", len(record), err)
-		}
-	}
-	if _, err := (Config{Record: make([]byte, maxRecord+1)}).encode(); !errdefs.IsInvalidArgument(err) {
-		t.Errorf("too long: %v", err)
-	}
-	if c, err := decode(nil); c != nil || err != nil {
-		t.Errorf("none: %v, %v", c, err)
-	}
 	// One that cannot be read stops a rollback before anything is done.
 	ctx, h := t.Context(), &host{}
 	if err := store(h).Take(ctx, plain, "one", ""); err != nil {
@@ -440,18 +415,4 @@ func TestConfig(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 	isSteps(t, h, "")
-}
-
-func FuzzConfig(f *testing.F) {
-	p, err := Config{Record: []byte("some")}.encode()
-	if err != nil {
-		f.Fatal(err)
-	}
-	f.Add(p[propRecord], "")
-	f.Add("H4sI", "AAAA")
-	f.Fuzz(func(t *testing.T, a, b string) {
-		if c, err := decode(zfs.Properties{propRecord: a, partOf(1): b}); err == nil && c != nil && len(c.Record) > maxRecord {
-			t.Errorf("%d bytes", len(c.Record))
-		}
-	})
 }
