@@ -16,6 +16,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/errdefs"
 	digest "github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/specs-go"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -56,7 +57,12 @@ func derived(t *testing.T, from, name string, edit func(*ocispec.Image)) {
 	for i, l := range m.Layers {
 		labels[fmt.Sprintf("containerd.io/gc.ref.content.l.%d", i)] = l.Digest.String()
 	}
-	_, err = c.ImageService().Create(ctx, images.Image{Name: name, Target: write(ocispec.MediaTypeImageManifest, m, labels)})
+	of := images.Image{Name: name, Target: write(ocispec.MediaTypeImageManifest, m, labels)}
+	if _, err = c.ImageService().Create(ctx, of); errdefs.IsAlreadyExists(err) {
+		_, err = c.ImageService().Update(ctx, of, "target")
+		must(t, err)
+		return
+	}
 	must(t, err)
 	t.Cleanup(func() { _ = c.ImageService().Delete(background(t), name, images.SynchronousDelete()) })
 }
@@ -85,7 +91,11 @@ type templateOf struct {
 func makeTemplate(t *testing.T, args ...string) (made templateOf) {
 	t.Helper()
 	must(t, json.Unmarshal([]byte(templateRun(t, 0, append([]string{"create", "--format", "json"}, args...)...)), &made))
-	t.Cleanup(func() { templateRun(t, 0, "rm", strconv.Itoa(made.VMID)) })
+	t.Cleanup(func() {
+		if !noConf(made.VMID) {
+			templateRun(t, 0, "rm", strconv.Itoa(made.VMID))
+		}
+	})
 	return made
 }
 
@@ -258,4 +268,73 @@ func TestTemplateProcess(t *testing.T) {
 			t.Errorf("%s: a conf is left", name)
 		}
 	}
+}
+
+// TestTemplateLifecycle: what is known of a template, whether it is whole, and what
+// becomes of it when its image moves on.
+func TestTemplateLifecycle(t *testing.T) {
+	proxmox(t)
+	const name = "localhost:5000/moving:1"
+	derived(t, busybox, name, func(c *ocispec.Image) { c.Config.Cmd = []string{"sleep", "1"} })
+	old := makeTemplate(t, name, "--memory", "64M", "--net", "name=eth0,ip=dhcp,bridge=vmbr0")
+	var details struct {
+		Layer, Conf string
+		Config      ocispec.Image
+	}
+	must(t, json.Unmarshal([]byte(templateRun(t, 0, "inspect", "100")), &details))
+	if !slices.Equal(details.Config.Config.Cmd, []string{"sleep", "1"}) || !strings.HasSuffix(details.Layer, "@snapshot") || !strings.Contains(details.Conf, "template: 1") {
+		t.Errorf("%+v", details)
+	}
+	if out := templateRun(t, 0, "validate", "100"); strings.Contains(out, "FAIL") || !strings.Contains(out, `["sleep" "1"]`) {
+		t.Errorf("a whole one: %s", out)
+	}
+	if out := templateRun(t, 0, "refresh"); !strings.Contains(out, "already") {
+		t.Errorf("nothing moved: %s", out)
+	}
+	derived(t, busybox, name, func(c *ocispec.Image) { c.Config.Cmd = []string{"sleep", "2"} })
+	var news []struct {
+		VMID, Old int
+		Digest    string
+		Made      bool
+	}
+	must(t, json.Unmarshal([]byte(templateRun(t, 0, "refresh", name, "--format", "json")), &news))
+	if len(news) != 1 || news[0].VMID != 101 || news[0].Old != 100 || !news[0].Made || news[0].Digest == old.Digest {
+		t.Fatalf("%+v", news)
+	}
+	t.Cleanup(func() {
+		if !noConf(101) {
+			templateRun(t, 0, "rm", "101")
+		}
+	})
+	if conf := confOf(t, 101); !strings.Contains(conf, "\nmemory: 64\n") || !strings.Contains(conf, "\nnet0: ") || !strings.Contains(conf, "\nentrypoint: sleep 2\n") {
+		t.Errorf("the new one:\n%s", conf)
+	}
+	if out := templateRun(t, 0, "prune"); !strings.Contains(out, "1 would be removed") || noConf(100) {
+		t.Errorf("prune: %s", out)
+	}
+	if out := templateRun(t, 0, "prune", "--older-than", "1h", "--force"); !strings.Contains(out, "0 removed") {
+		t.Errorf("prune of what is older: %s", out)
+	}
+	templateRun(t, 0, "prune", "--force")
+	if !noConf(100) || noConf(101) {
+		t.Error("another one was removed")
+	}
+	// What is broken, and what to do.
+	dataset := volumes() + "/basevol-101-disk-0"
+	if out, code := command("zfs", "destroy", dataset+"@__base__"); code != 0 {
+		t.Fatal(out)
+	}
+	if out := templateRun(t, 1, "validate", "101"); !strings.Contains(out, "nothing to clone") {
+		t.Errorf("without its snapshot: %s", out)
+	}
+	if out, code := command("zfs", "destroy", dataset); code != 0 {
+		t.Fatal(out)
+	}
+	if out := templateRun(t, 1, "validate", "101"); !strings.Contains(out, "does not exist") {
+		t.Errorf("without its dataset: %s", out)
+	}
+	for _, refused := range [][]string{{"inspect", "100"}, {"validate", "x"}, {"refresh", "none:1"}, {"prune", "--keep", "-1"}} {
+		t.Log(refused, templateRun(t, 1, refused...))
+	}
+	templateRun(t, 0, "rm", "101")
 }

@@ -22,6 +22,7 @@ import (
 	"github.com/containerd/platforms"
 	pathrs "github.com/cyphar/filepath-securejoin/pathrs-lite"
 	"github.com/moby/sys/signal"
+	digest "github.com/opencontainers/go-digest"
 
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
@@ -40,6 +41,8 @@ const (
 	propDigest = "containerd-pve:template" // of the dataset: the digest that the image had
 	propImage  = "containerd-pve:image"    // and its name
 	propConfig = "containerd-pve:config"   // and its config, see package record
+	// propConfigDigest is the digest of that.
+	propConfigDigest = "containerd-pve:config-digest"
 )
 
 // ZFS is what is asked of it, see zfs.Way.
@@ -68,7 +71,7 @@ type Store struct {
 	Storage pve.Storage
 	// Init is the path of pve-init, for images whose process a conf cannot express.
 	Init string
-	// look is boots, but in tests.
+	// look is process, but in tests.
 	look func(context.Context, Image) (plan.Process, error)
 }
 
@@ -123,12 +126,8 @@ func (s *Store) Create(ctx context.Context, i Image, o Options) (_ Template, mad
 	if err != nil {
 		return fail(err)
 	}
-	props[propDigest], props[propImage] = i.Digest.String(), i.Name
-	look := s.boots
-	if s.look != nil {
-		look = s.look
-	}
-	p, err := look(ctx, i)
+	props[propDigest], props[propImage], props[propConfigDigest] = i.Digest.String(), i.Name, digest.FromBytes(i.Blob).String()
+	p, err := s.process(ctx, i)
 	if err != nil {
 		return fail(err)
 	}
@@ -177,8 +176,11 @@ func (s *Store) Create(ctx context.Context, i Image, o Options) (_ Template, mad
 	return all[at], true, nil
 }
 
-// boots looks into the image.
-func (s *Store) boots(ctx context.Context, i Image) (plan.Process, error) {
+// process looks into the image for what is to run.
+func (s *Store) process(ctx context.Context, i Image) (plan.Process, error) {
+	if s.look != nil {
+		return s.look(ctx, i)
+	}
 	root, err := detached.Mount(ctx, i.Layer, true)
 	if err != nil {
 		return plan.Process{}, err
@@ -382,15 +384,11 @@ func (s *Store) List(ctx context.Context) ([]Template, error) {
 // Remove removes a template. Errors: NotFound; FailedPrecondition, clones of it live,
 // which it names.
 func (s *Store) Remove(ctx context.Context, vmid int) error {
-	all, err := s.List(ctx)
+	t, _, err := s.find(ctx, vmid)
 	if err != nil {
 		return err
 	}
-	i := slices.IndexFunc(all, func(t Template) bool { return t.VMID == vmid })
-	if i < 0 {
-		return fmt.Errorf("VMID %d is no template of containerd-pve's on this node: %w", vmid, errdefs.ErrNotFound)
-	}
-	if clones := all[i].Clones; len(clones) > 0 {
+	if clones := t.Clones; len(clones) > 0 {
 		return fmt.Errorf("template %d is in use by what was cloned of it (%s): remove that first: %w", vmid, strings.Join(clones, ", "), errdefs.ErrFailedPrecondition)
 	}
 	return s.remove(ctx, vmid)

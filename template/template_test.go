@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
@@ -180,5 +181,110 @@ func TestInterrupted(t *testing.T) {
 	}
 	if err := errors.Join(s.Remove(ctx, 100), s.Remove(ctx, 101)); err != nil || len(h.datasets) > 0 || len(h.confs) > 0 {
 		t.Errorf("%v, %v, %v", err, h.datasets, h.confs)
+	}
+}
+
+// TestValidate: each part that can be missing or another.
+func TestValidate(t *testing.T) {
+	ctx := t.Context()
+	i := imageWith(ocispec.ImageConfig{})
+	i.Layer, i.Blob = "tank/c/7@snapshot", []byte(`{"config":{"Cmd":["x"]}}`)
+	const dataset = "tank/data/basevol-100-disk-0"
+	for want, breakIt := range map[string]func(h *host, s *Store){
+		"":         func(*host, *Store) {},
+		"conf":     func(h *host, _ *Store) { _ = h.confs[100].SetLock("create") },
+		"dataset":  func(h *host, _ *Store) { delete(h.datasets, dataset) },
+		"rootfs":   func(h *host, _ *Store) { _ = h.confs[100].Set("rootfs", "local-zfs:basevol-100-disk-01,size=9G") },
+		"snapshot": func(h *host, _ *Store) { delete(h.datasets, dataset+"@__base__") },
+		"digest":   func(h *host, _ *Store) { _ = h.confs[100].SetDescription("none") },
+		"layer":    func(h *host, _ *Store) { e := h.datasets[dataset]; e.Origin = ""; h.datasets[dataset] = e },
+		"config":   func(h *host, _ *Store) { h.datasets[dataset].Own[propConfigDigest] = "sha256:1" },
+		"process": func(_ *host, s *Store) {
+			s.look = func(context.Context, Image) (plan.Process, error) {
+				return plan.Process{}, errdefs.ErrFailedPrecondition
+			}
+		},
+	} {
+		h, s := storeOf()
+		if _, _, err := s.Create(ctx, i, Options{Memory: 64 << 20}); err != nil {
+			t.Fatal(err)
+		}
+		breakIt(h, s)
+		found, err := s.Validate(ctx, 100)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var bad []string
+		for _, f := range found {
+			if !f.OK {
+				bad = append(bad, f.Name)
+			}
+			if f.Detail == "" {
+				t.Errorf("%s: nothing is said of %s", want, f.Name)
+			}
+		}
+		if got := strings.Join(bad, " "); got != want {
+			t.Errorf("broken is %q, found %q", want, got)
+		}
+	}
+	h, s := storeOf()
+	if _, _, err := s.Create(ctx, i, Options{Memory: 64 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	d, err := s.Inspect(ctx, 100)
+	if err != nil || string(d.Config) != string(i.Blob) || d.Layer != i.Layer || d.Conf != string(h.confs[100].Bytes()) {
+		t.Errorf("%+v, %v", d, err)
+	}
+	if o, err := s.OptionsOf(100); err != nil || o.Memory != 64<<20 || o.Name != "web-1-2" {
+		t.Errorf("%+v, %v", o, err)
+	}
+	for _, err := range []error{errOf(s.Inspect(ctx, 7)), errOf(s.Validate(ctx, 7))} {
+		if !errdefs.IsNotFound(err) {
+			t.Error(err)
+		}
+	}
+}
+
+func errOf[T any](_ T, err error) error { return err }
+
+func TestPrune(t *testing.T) {
+	ctx := t.Context()
+	h, s := storeOf()
+	day := func(n int) time.Time { return time.Date(2026, 11, n, 0, 0, 0, 0, time.UTC) }
+	add := func(vmid int, image string, made time.Time, clones int, lock string) {
+		name := s.dataset(vmid)
+		h.confs[vmid] = pve.Parse([]byte("tags: containerd-template\ntemplate: 1\n"))
+		_ = h.confs[vmid].SetLock(lock)
+		h.datasets[name] = zfs.Entry{Name: name, Created: made, Own: zfs.Properties{propImage: image, propDigest: fmt.Sprint(vmid)}}
+		for n := range clones {
+			c := fmt.Sprintf("tank/data/subvol-%d%d-disk-0", vmid, n)
+			h.datasets[c] = zfs.Entry{Name: c, Origin: name + "@__base__"}
+		}
+	}
+	add(1, "a", day(1), 0, "")
+	add(2, "a", day(2), 1, "")
+	add(3, "a", day(3), 0, "")
+	add(4, "a", day(4), 0, "")
+	add(5, "b", day(1), 0, "")
+	add(6, "b", day(9), 0, "create")
+	h.confs[7] = pve.Parse([]byte("template: 1\n"))
+	for _, tc := range []struct {
+		keep   int
+		before time.Time
+		want   string
+	}{
+		{1, day(30), "[1 3 6]"}, {0, day(30), "[1 3 4 5 6]"}, {2, day(30), "[1 6]"}, {1, day(2), "[1 6]"}, {9, day(30), "[6]"},
+	} {
+		all, err := s.Prune(ctx, tc.keep, tc.before, true)
+		var got []int
+		for _, v := range all {
+			got = append(got, v.VMID)
+		}
+		if fmt.Sprint(got) != tc.want || err != nil || len(h.confs) != 7 {
+			t.Errorf("keep %d, before %s: %v, %v, want %s", tc.keep, tc.before, got, err, tc.want)
+		}
+	}
+	if _, err := s.Prune(ctx, 1, day(30), false); err != nil || fmt.Sprint(slices.Sorted(maps.Keys(h.confs))) != "[2 4 5 7]" {
+		t.Errorf("left are %v, %v", slices.Sorted(maps.Keys(h.confs)), err)
 	}
 }

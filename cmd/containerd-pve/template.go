@@ -3,8 +3,11 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strconv"
 	"text/tabwriter"
 	"time"
@@ -122,56 +125,171 @@ func (t *templateTool) options() (o template.Options, err error) {
 	return o, nil
 }
 
+// connect is open for what makes templates of containerd's images.
+func (t *templateTool) connect(ctx context.Context, set bool) (_ *templateMaker, err error) {
+	m := &templateMaker{namespace: t.namespace}
+	if m.conf, m.node, m.store, m.zfs, err = t.open(ctx, set); err != nil {
+		return nil, err
+	}
+	m.store.Init, err = lxc.InitProgram("")
+	if err == nil {
+		m.conn, err = dialContainerd(t.address)
+	}
+	if err != nil {
+		return nil, errors.Join(err, m.zfs.Close())
+	}
+	return m, nil
+}
+
+// templateMaker makes templates of a namespace's images.
+type templateMaker struct {
+	conf      config
+	node      *pve.Node
+	store     *template.Store
+	zfs       zfs.Way
+	conn      *grpc.ClientConn
+	namespace string
+}
+
+func (m *templateMaker) Close() { _ = errors.Join(m.conn.Close(), m.zfs.Close()) }
+
+// image finds an image with its top layer. Errors: NotFound, FailedPrecondition.
+func (m *templateMaker) image(ctx context.Context, name string) (template.Image, error) {
+	i, chain, err := imageOf(namespaces.WithNamespace(ctx, m.namespace), m.conn, name)
+	if err != nil {
+		return i, err
+	}
+	layers, err := snapshotter.Datasets(ctx, m.zfs, m.conf.Dataset)
+	if err != nil {
+		return i, err
+	}
+	for _, d := range layers {
+		if namespace, key := splitKey(d.Key); namespace == m.namespace && key == chain.String() && d.Committed() != "" {
+			i.Layer = d.Committed()
+		}
+	}
+	if i.Layer == "" {
+		return i, fmt.Errorf("image %s is not unpacked for %s: `ctr -n %s images pull --snapshotter %[2]s %[1]s`: %[4]w", name, snapshotterName, m.namespace, errdefs.ErrFailedPrecondition)
+	}
+	return i, nil
+}
+
 func (t *templateTool) create(ctx context.Context, set bool, name string, w io.Writer) error {
 	o, err := t.options()
 	if err != nil {
 		return err
 	}
-	conf, node, store, z, err := t.open(ctx, set)
+	m, err := t.connect(ctx, set)
 	if err != nil {
 		return err
 	}
-	defer z.Close()
-	if store.Init, err = lxc.InitProgram(""); err != nil {
-		return err
-	}
-	conn, err := dialContainerd(t.address)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	ctx = namespaces.WithNamespace(ctx, t.namespace)
-	image, chain, err := imageOf(ctx, conn, name)
-	if err != nil {
-		return err
-	}
-	return node.Exclusive(ctx, "template", func() error {
-		layers, err := snapshotter.Datasets(ctx, z, conf.Dataset)
+	defer m.Close()
+	return m.node.Exclusive(ctx, "template", func() error {
+		image, err := m.image(ctx, name)
 		if err != nil {
 			return err
 		}
-		for _, d := range layers {
-			if namespace, key := splitKey(d.Key); namespace == t.namespace && key == chain.String() && d.Committed() != "" {
-				image.Layer = d.Committed()
-			}
-		}
-		if image.Layer == "" {
-			return fmt.Errorf("image %s is not unpacked for %s: `ctr -n %s images pull --snapshotter %[2]s %[1]s`: %[4]w", name, snapshotterName, t.namespace, errdefs.ErrFailedPrecondition)
-		}
-		made, is, err := store.Create(ctx, image, o)
+		made, is, err := m.store.Create(ctx, image, o)
 		if err != nil {
 			return err
 		}
 		if t.format == "json" {
 			return printJSON(w, made)
 		}
-		if !is {
-			fmt.Fprintf(w, "VMID %d is the template of %s (%s) already\n", made.VMID, made.Image, shortDigest(made.Digest))
-			return nil
-		}
-		_, err = fmt.Fprintf(w, "VMID %d, %s, is a template of %s: `pct clone %[1]d <VMID>`\n", made.VMID, made.Name, made.Image)
-		return err
+		return sayMade(w, made, is)
 	})
+}
+
+func sayMade(w io.Writer, made template.Template, is bool) error {
+	if !is {
+		_, err := fmt.Fprintf(w, "VMID %d is the template of %s (%s) already\n", made.VMID, made.Image, shortDigest(made.Digest))
+		return err
+	}
+	_, err := fmt.Fprintf(w, "VMID %d, %s, is a template of %s (%s): `pct clone %[1]d <VMID>`\n", made.VMID, made.Name, made.Image, shortDigest(made.Digest))
+	return err
+}
+
+// refresh makes a template of every image that has one and moved on since. The
+// old ones stay for what was cloned of them.
+func (t *templateTool) refresh(ctx context.Context, set bool, only []string, w io.Writer) error {
+	m, err := t.connect(ctx, set)
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	return m.node.Exclusive(ctx, "template", func() error {
+		all, err := m.store.List(ctx)
+		if err != nil {
+			return err
+		}
+		newest := map[string]template.Template{}
+		for _, of := range all {
+			if last, ok := newest[of.Image]; of.Image != "" && !of.Unfinished && (!ok || of.Created.After(last.Created)) {
+				newest[of.Image] = of
+			}
+		}
+		for _, name := range only {
+			if _, ok := newest[name]; !ok {
+				return fmt.Errorf("no template is of image %s: %w", name, errdefs.ErrNotFound)
+			}
+		}
+		results := []refreshed{}
+		var failed error
+		for _, name := range slices.Sorted(maps.Keys(newest)) {
+			if len(only) > 0 && !slices.Contains(only, name) {
+				continue
+			}
+			r, err := m.refresh(ctx, newest[name])
+			if err != nil {
+				failed = errors.Join(failed, err)
+				continue
+			}
+			results = append(results, r)
+			if t.format != "json" {
+				if err := sayMade(w, r.Template, r.Made); err != nil {
+					return err
+				}
+			}
+		}
+		if t.format == "json" {
+			failed = errors.Join(failed, printJSON(w, results))
+		}
+		return failed
+	})
+}
+
+// refreshed is what became of a template: itself, or the one that was made in its place.
+type refreshed struct {
+	template.Template
+	Old  int  `json:"old"`
+	Made bool `json:"made"`
+}
+
+// refresh gives the new one the memory and the networks of the old.
+func (m *templateMaker) refresh(ctx context.Context, old template.Template) (refreshed, error) {
+	image, err := m.image(ctx, old.Image)
+	if err != nil {
+		return refreshed{}, err
+	}
+	o, err := m.store.OptionsOf(old.VMID)
+	if err != nil {
+		return refreshed{}, err
+	}
+	made, is, err := m.store.Create(ctx, image, o)
+	return refreshed{made, old.VMID, is}, err
+}
+
+// vmidsOf reads arguments.
+func vmidsOf(args []string) ([]int, error) {
+	var all []int
+	for _, text := range args {
+		vmid, err := strconv.Atoi(text)
+		if err != nil {
+			return nil, fmt.Errorf("%q is no VMID: %w", text, errdefs.ErrInvalidArgument)
+		}
+		all = append(all, vmid)
+	}
+	return all, nil
 }
 
 func templateCommand() *cobra.Command {
@@ -200,46 +318,127 @@ func templateCommand() *cobra.Command {
 	f.StringVar(&t.memory, "memory", "512M", "memory of what is cloned of it, and swap as much")
 	f.StringVar(&t.size, "size", "", "`size` of the disk, as 8G")
 	f.StringArrayVar(&t.nets, "net", nil, "a network interface as Proxmox writes it, as name=eth0,bridge=vmbr0,ip=dhcp; may be repeated")
-	f.StringVar(&t.address, "containerd-address", defaultContainerd, "containerd's `socket`")
-	f.StringVarP(&t.namespace, "namespace", "n", namespaces.Default, "containerd's namespace")
-	ls := &cobra.Command{
-		Use: "ls", Short: "list the templates of this node", Args: cobra.NoArgs,
-		RunE: format(func(c *cobra.Command, _ []string) error {
-			_, _, store, z, err := t.open(c.Context(), c.Flags().Changed("config"))
-			if err != nil {
-				return err
-			}
-			defer z.Close()
-			all, err := store.List(c.Context())
-			if err != nil {
-				return err
-			}
-			return printTemplates(c.OutOrStdout(), t.format, all)
-		}),
-	}
-	rm := &cobra.Command{
-		Use: "rm VMID...", Short: "remove templates that nothing was cloned of", Args: cobra.MinimumNArgs(1),
-		RunE: func(c *cobra.Command, args []string) error {
+	// with opens the store; those that change it do so one at a time.
+	with := func(exclusive bool, f func(ctx context.Context, s *template.Store, args []string, w io.Writer) error) func(*cobra.Command, []string) error {
+		return format(func(c *cobra.Command, args []string) error {
 			_, node, store, z, err := t.open(c.Context(), c.Flags().Changed("config"))
 			if err != nil {
 				return err
 			}
 			defer z.Close()
-			for _, text := range args {
-				vmid, err := strconv.Atoi(text)
-				if err != nil {
-					return fmt.Errorf("%q is no VMID: %w", text, errdefs.ErrInvalidArgument)
-				}
-				if err := node.Exclusive(c.Context(), "template", func() error { return store.Remove(c.Context(), vmid) }); err != nil {
+			now := func() error { return f(c.Context(), store, args, c.OutOrStdout()) }
+			if exclusive {
+				return node.Exclusive(c.Context(), "template", now)
+			}
+			return now()
+		})
+	}
+	ls := &cobra.Command{
+		Use: "ls", Short: "list the templates of this node", Args: cobra.NoArgs,
+		RunE: with(false, func(ctx context.Context, s *template.Store, _ []string, w io.Writer) error {
+			all, err := s.List(ctx)
+			if err != nil {
+				return err
+			}
+			return printTemplates(w, t.format, all)
+		}),
+	}
+	inspect := &cobra.Command{
+		Use: "inspect VMID", Short: "print all that is known of a template, as JSON", Args: cobra.ExactArgs(1),
+		RunE: with(false, func(ctx context.Context, s *template.Store, args []string, w io.Writer) error {
+			vmids, err := vmidsOf(args)
+			if err != nil {
+				return err
+			}
+			d, err := s.Inspect(ctx, vmids[0])
+			if err != nil {
+				return err
+			}
+			return printJSON(w, d)
+		}),
+	}
+	validate := &cobra.Command{
+		Use: "validate VMID", Short: "say whether a template is whole and would boot", Args: cobra.ExactArgs(1),
+		Long: "Says whether conf, dataset, snapshot, digest and config of a template are there and agree, and whether its process is there to be executed.\nThe exit status is 1 if not.",
+		RunE: with(true, func(ctx context.Context, s *template.Store, args []string, w io.Writer) error {
+			vmids, err := vmidsOf(args)
+			if err != nil {
+				return err
+			}
+			found, err := s.Validate(ctx, vmids[0])
+			if err != nil {
+				return err
+			}
+			var all []finding
+			for _, f := range found {
+				all = append(all, finding{Name: f.Name, OK: f.OK, Detail: f.Detail})
+			}
+			if err := report(w, t.format, all); err != nil {
+				return err
+			}
+			if slices.ContainsFunc(all, func(f finding) bool { return !f.OK }) {
+				return errNotReady
+			}
+			return nil
+		}),
+	}
+	var keep int
+	var age time.Duration
+	var force bool
+	prune := &cobra.Command{
+		Use: "prune", Short: "remove templates that nothing was cloned of", Args: cobra.NoArgs,
+		Long: "Lists the templates that nothing was cloned of, older than --older-than, beside the --keep newest of each image, and those that were not finished.\nWith --force they are removed.",
+		RunE: with(true, func(ctx context.Context, s *template.Store, _ []string, w io.Writer) error {
+			if keep < 0 || age < 0 {
+				return fmt.Errorf("--keep %d, --older-than %s: less than nothing: %w", keep, age, errdefs.ErrInvalidArgument)
+			}
+			all, err := s.Prune(ctx, keep, time.Now().Add(-age), !force)
+			if err != nil {
+				return err
+			}
+			if err := printTemplates(w, t.format, all); err != nil || t.format == "json" {
+				return err
+			}
+			done := "would be removed: --force does it"
+			if force {
+				done = "removed"
+			}
+			_, err = fmt.Fprintf(w, "%d %s\n", len(all), done)
+			return err
+		}),
+	}
+	prune.Flags().IntVar(&keep, "keep", 1, "how many of each image stay, the newest")
+	prune.Flags().DurationVar(&age, "older-than", 0, "the `age` from which on they go, as 720h")
+	prune.Flags().BoolVar(&force, "force", false, "remove them")
+	refresh := &cobra.Command{
+		Use: "refresh [IMAGE...]", Short: "make new templates of the images that moved on",
+		Long: "Makes a template of each image of which there is one and which is another in containerd's store since (`ctr images pull` gets it), with\nmemory and networks of the old one. That stays for what was cloned of it; `prune` removes it.",
+		RunE: format(func(c *cobra.Command, args []string) error {
+			return t.refresh(c.Context(), c.Flags().Changed("config"), args, c.OutOrStdout())
+		}),
+	}
+	rm := &cobra.Command{
+		Use: "rm VMID...", Short: "remove templates that nothing was cloned of", Args: cobra.MinimumNArgs(1),
+		RunE: with(true, func(ctx context.Context, s *template.Store, args []string, _ io.Writer) error {
+			vmids, err := vmidsOf(args)
+			if err != nil {
+				return err
+			}
+			for _, vmid := range vmids {
+				if err := s.Remove(ctx, vmid); err != nil {
 					return err
 				}
 			}
 			return nil
-		},
+		}),
 	}
-	for _, sub := range []*cobra.Command{create, ls, rm} {
+	for _, sub := range []*cobra.Command{create, refresh} {
+		sub.Flags().StringVar(&t.address, "containerd-address", defaultContainerd, "containerd's `socket`")
+		sub.Flags().StringVarP(&t.namespace, "namespace", "n", namespaces.Default, "containerd's namespace")
+	}
+	for _, sub := range []*cobra.Command{create, ls, inspect, validate, refresh, prune, rm} {
 		sub.Flags().StringVarP(&t.path, "config", "c", defaultConfig, "configuration `file`")
-		if sub != rm {
+		if sub != rm && sub != inspect {
 			sub.Flags().StringVar(&t.format, "format", "table", "table or json")
 		}
 		c.AddCommand(sub)
