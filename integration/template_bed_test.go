@@ -278,11 +278,11 @@ func TestTemplateLifecycle(t *testing.T) {
 	derived(t, busybox, name, func(c *ocispec.Image) { c.Config.Cmd = []string{"sleep", "1"} })
 	old := makeTemplate(t, name, "--memory", "64M", "--net", "name=eth0,ip=dhcp,bridge=vmbr0")
 	var details struct {
-		Layer, Conf string
-		Config      ocispec.Image
+		Origin, Conf string
+		Config       ocispec.Image
 	}
 	must(t, json.Unmarshal([]byte(templateRun(t, 0, "inspect", "100")), &details))
-	if !slices.Equal(details.Config.Config.Cmd, []string{"sleep", "1"}) || !strings.HasSuffix(details.Layer, "@snapshot") || !strings.Contains(details.Conf, "template: 1") {
+	if !slices.Equal(details.Config.Config.Cmd, []string{"sleep", "1"}) || !strings.HasSuffix(details.Origin, "@snapshot") || !strings.Contains(details.Conf, "template: 1") {
 		t.Errorf("%+v", details)
 	}
 	if out := templateRun(t, 0, "validate", "100"); strings.Contains(out, "FAIL") || !strings.Contains(out, `["sleep" "1"]`) {
@@ -337,4 +337,42 @@ func TestTemplateLifecycle(t *testing.T) {
 		t.Log(refused, templateRun(t, 1, refused...))
 	}
 	templateRun(t, 0, "rm", "101")
+}
+
+// TestTemplateOutlivesImage: a layer is kept as long as a template is made of it, and not longer.
+func TestTemplateOutlivesImage(t *testing.T) {
+	proxmox(t)
+	const name = "localhost:5000/containerd/volume-ownership:2.1"
+	ctr := func(args ...string) string {
+		t.Helper()
+		out, code := command(append([]string{"ctr"}, args...)...)
+		if code != 0 {
+			t.Fatalf("ctr %v: %s", args, out)
+		}
+		return out
+	}
+	snapshots := func() int { return strings.Count(ctr("snapshots", "--snapshotter", zfs, "ls"), "Committed") }
+	before := snapshots()
+	ctr("images", "pull", "--plain-http", "--snapshotter", zfs, name)
+	with := snapshots()
+	if with <= before {
+		t.Fatalf("the image has no layer of its own: %d, %d", before, with)
+	}
+	made := makeTemplate(t, name)
+	ctr("images", "rm", "--sync", name)
+	collect(t)
+	if got := snapshots(); got != with {
+		t.Errorf("%d snapshots, not %d: containerd dropped what the template is made of", got, with)
+	}
+	if out := templateRun(t, 0, "validate", strconv.Itoa(made.VMID)); strings.Contains(out, "FAIL") {
+		t.Error(out)
+	}
+	templateRun(t, 0, "rm", strconv.Itoa(made.VMID))
+	eventually(t, time.Minute, "the layer is dropped", func() bool {
+		collect(t)
+		return snapshots() == before
+	})
+	if out := ctr("leases", "ls"); strings.Contains(out, "containerd-pve-template-") {
+		t.Errorf("leases are left: %s", out)
+	}
 }

@@ -25,8 +25,9 @@ import (
 type Image struct {
 	Name   string        // its reference
 	Digest digest.Digest // of what the reference stands for
-	// Layer is the snapshot of its top layer, dataset@name.
-	Layer string
+	// Layer is the snapshot of its top layer, dataset@name, and Chain what containerd
+	// calls that: namespace/chain id.
+	Layer, Chain string
 	// Blob is its config as the registry has it, Config what that says.
 	Blob   []byte
 	Config ocispec.Image

@@ -21,8 +21,8 @@ import (
 // Details are a template with all that is kept of its image.
 type Details struct {
 	Template
-	// Layer is the snapshot that it was cloned of.
-	Layer string `json:"layer"`
+	// Origin is the snapshot that it was cloned of.
+	Origin string `json:"origin"`
 	// Config is the image's own; null if it cannot be read.
 	Config json.RawMessage `json:"config"`
 	// Conf is what Proxmox has.
@@ -78,7 +78,7 @@ func (s *Store) Inspect(ctx context.Context, vmid int) (Details, error) {
 	if err != nil || dataset == nil {
 		return d, err
 	}
-	d.Layer = dataset.Origin
+	d.Origin = dataset.Origin
 	if blob, err := record.Decode(propConfig, dataset.Own); err == nil && json.Valid(blob) {
 		d.Config = blob
 	}

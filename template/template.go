@@ -41,6 +41,7 @@ const (
 	propDigest = "containerd-pve:template" // of the dataset: the digest that the image had
 	propImage  = "containerd-pve:image"    // and its name
 	propConfig = "containerd-pve:config"   // and its config, see package record
+	propLayer  = "containerd-pve:layer"    // and what containerd calls its top layer
 	// propConfigDigest is the digest of that.
 	propConfigDigest = "containerd-pve:config-digest"
 )
@@ -97,6 +98,8 @@ type Template struct {
 	// Used are the bytes that it has for itself, Referenced those of its files.
 	Used       int64 `json:"used"`
 	Referenced int64 `json:"referenced"`
+	// Layer is containerd's name of the layer that it was made of: namespace/chain id.
+	Layer string `json:"layer"`
 	// Clones are the datasets that were cloned of it.
 	Clones []string `json:"clones"`
 	// Unfinished is one whose making was interrupted.
@@ -127,6 +130,7 @@ func (s *Store) Create(ctx context.Context, i Image, o Options) (_ Template, mad
 		return fail(err)
 	}
 	props[propDigest], props[propImage], props[propConfigDigest] = i.Digest.String(), i.Name, digest.FromBytes(i.Blob).String()
+	props[propLayer] = i.Chain
 	p, err := s.process(ctx, i)
 	if err != nil {
 		return fail(err)
@@ -347,7 +351,7 @@ func (s *Store) List(ctx context.Context) ([]Template, error) {
 	if err != nil {
 		return nil, err
 	}
-	entries, err := s.ZFS.Contents(ctx, s.Storage.Pool, []string{propDigest, propImage})
+	entries, err := s.ZFS.Contents(ctx, s.Storage.Pool, []string{propDigest, propImage, propLayer})
 	if err != nil {
 		return nil, err
 	}
@@ -370,6 +374,7 @@ func (s *Store) List(ctx context.Context) ([]Template, error) {
 			switch {
 			case e.Name == dataset:
 				t.Dataset, t.Image, t.Digest = dataset, e.Own[propImage], e.Own[propDigest]
+				t.Layer = e.Own[propLayer]
 				t.Created, t.Used, t.Referenced = e.Created, e.Used, e.Referenced
 			case e.Origin == dataset+"@"+base:
 				t.Clones = append(t.Clones, e.Name)

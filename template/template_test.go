@@ -113,9 +113,9 @@ func TestCreate(t *testing.T) {
 	ctx := t.Context()
 	h, s := storeOf()
 	i := imageWith(ocispec.ImageConfig{})
-	i.Layer, i.Blob = "tank/c/7@snapshot", []byte(`{"config":{}}`)
+	i.Layer, i.Chain, i.Blob = "tank/c/7@snapshot", "default/sha256:1", []byte(`{"config":{}}`)
 	made, is, err := s.Create(ctx, i, Options{})
-	if err != nil || !is || made.VMID != 100 || made.Image != i.Name || made.Digest != i.Digest.String() || made.Dataset != "tank/data/basevol-100-disk-0" || made.Unfinished {
+	if err != nil || !is || made.VMID != 100 || made.Image != i.Name || made.Digest != i.Digest.String() || made.Dataset != "tank/data/basevol-100-disk-0" || made.Layer != i.Chain || made.Unfinished {
 		t.Fatalf("%+v, %v, %v", made, is, err)
 	}
 	if e := h.datasets[made.Dataset]; e.Origin != i.Layer || e.Own["refquota"] != fmt.Sprint(9<<30) || e.Own[propConfig] == "" {
@@ -232,7 +232,7 @@ func TestValidate(t *testing.T) {
 		t.Fatal(err)
 	}
 	d, err := s.Inspect(ctx, 100)
-	if err != nil || string(d.Config) != string(i.Blob) || d.Layer != i.Layer || d.Conf != string(h.confs[100].Bytes()) {
+	if err != nil || string(d.Config) != string(i.Blob) || d.Origin != i.Layer || d.Conf != string(h.confs[100].Bytes()) {
 		t.Errorf("%+v, %v", d, err)
 	}
 	if o, err := s.OptionsOf(100); err != nil || o.Memory != 64<<20 || o.Name != "web-1-2" {

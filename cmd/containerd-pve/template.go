@@ -9,6 +9,7 @@ import (
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -168,6 +169,7 @@ func (m *templateMaker) image(ctx context.Context, name string) (template.Image,
 			i.Layer = d.Committed()
 		}
 	}
+	i.Chain = m.namespace + "/" + chain.String()
 	if i.Layer == "" {
 		return i, fmt.Errorf("image %s is not unpacked for %s: `ctr -n %s images pull --snapshotter %[2]s %[1]s`: %[4]w", name, snapshotterName, m.namespace, errdefs.ErrFailedPrecondition)
 	}
@@ -189,7 +191,7 @@ func (t *templateTool) create(ctx context.Context, set bool, name string, w io.W
 		if err != nil {
 			return err
 		}
-		made, is, err := m.store.Create(ctx, image, o)
+		made, is, err := m.create(ctx, image, o)
 		if err != nil {
 			return err
 		}
@@ -198,6 +200,24 @@ func (t *templateTool) create(ctx context.Context, set bool, name string, w io.W
 		}
 		return sayMade(w, made, is)
 	})
+}
+
+// create makes a template, or finds it, with a lease on its layer, which was there before the clone.
+func (m *templateMaker) create(ctx context.Context, i template.Image, o template.Options) (template.Template, bool, error) {
+	_, chain, _ := strings.Cut(i.Chain, "/")
+	if err := holdLayer(ctx, m.conn, m.namespace, chain); err != nil {
+		return template.Template{}, false, err
+	}
+	made, is, err := m.store.Create(ctx, i, o)
+	if err != nil {
+		ctx := context.WithoutCancel(ctx)
+		all, lerr := m.store.List(ctx)
+		if lerr == nil {
+			lerr = releaseLayers(ctx, m.conn, all)
+		}
+		err = errors.Join(err, lerr)
+	}
+	return made, is, err
 }
 
 func sayMade(w io.Writer, made template.Template, is bool) error {
@@ -275,8 +295,27 @@ func (m *templateMaker) refresh(ctx context.Context, old template.Template) (ref
 	if err != nil {
 		return refreshed{}, err
 	}
-	made, is, err := m.store.Create(ctx, image, o)
+	made, is, err := m.create(ctx, image, o)
 	return refreshed{made, old.VMID, is}, err
+}
+
+// release gives back what is leased for templates that are gone.
+func (t *templateTool) release(ctx context.Context, s *template.Store) error {
+	conn, err := dialContainerd(t.address)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	all, err := s.List(ctx)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, containerdLimit)
+	defer cancel()
+	if err := releaseLayers(ctx, conn, all); err != nil {
+		return fmt.Errorf("it is removed, but containerd still holds its layers (the next rm or prune tries again): %w", err)
+	}
+	return nil
 }
 
 // vmidsOf reads arguments.
@@ -393,6 +432,9 @@ func templateCommand() *cobra.Command {
 				return fmt.Errorf("--keep %d, --older-than %s: less than nothing: %w", keep, age, errdefs.ErrInvalidArgument)
 			}
 			all, err := s.Prune(ctx, keep, time.Now().Add(-age), !force)
+			if force {
+				err = errors.Join(err, t.release(ctx, s))
+			}
 			if err != nil {
 				return err
 			}
@@ -429,11 +471,13 @@ func templateCommand() *cobra.Command {
 					return err
 				}
 			}
-			return nil
+			return t.release(ctx, s)
 		}),
 	}
-	for _, sub := range []*cobra.Command{create, refresh} {
+	for _, sub := range []*cobra.Command{create, refresh, prune, rm} {
 		sub.Flags().StringVar(&t.address, "containerd-address", defaultContainerd, "containerd's `socket`")
+	}
+	for _, sub := range []*cobra.Command{create, refresh} {
 		sub.Flags().StringVarP(&t.namespace, "namespace", "n", namespaces.Default, "containerd's namespace")
 	}
 	for _, sub := range []*cobra.Command{create, ls, inspect, validate, refresh, prune, rm} {
