@@ -7,7 +7,6 @@ import (
 	"io"
 	"os"
 	"path"
-	"regexp"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -141,17 +140,14 @@ func readFile(root *os.File, name string) ([]byte, error) {
 	return data, nil
 }
 
-// variable is what Proxmox takes for one of the environment.
-var variable = regexp.MustCompile(`^\w+=[^\x00-\x08\x0a-\x1f\x7f]*$`)
-
 // express writes the process into a conf, if that can say all of it: Proxmox has
 // words for a command of root's in the root directory. Without, pve-init is the command.
 func express(conf *pve.Conf, host pve.Host, p plan.Process) (all bool, err error) {
 	line, ok := pve.Entrypoint(p.Args)
 	var entries []pve.Entry
 	for _, v := range p.Env {
-		ok = ok && variable.MatchString(v) && strings.TrimSpace(v) == v
-		entries = append(entries, pve.Entry{Key: "lxc.environment.runtime", Value: v})
+		e, sayable := pve.Variable(v)
+		ok, entries = ok && sayable, append(entries, e)
 	}
 	if ok && host.Env && p.UID == 0 && p.GID == 0 && len(p.Groups) == 0 && p.Cwd == "/" {
 		return true, errors.Join(conf.Set("entrypoint", line), conf.SetLXC(append(conf.LXC(), entries...)))

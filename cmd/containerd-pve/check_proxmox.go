@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"github.com/moby/sys/user"
+
+	"github.com/containerd-pve/containerd-pve/lxc/pve"
 )
 
 // proxmoxHost is where a check of a node of Proxmox looks.
@@ -103,6 +105,11 @@ func registryAnswers(ctx context.Context, address string) finding {
 		return result("register", "", fmt.Errorf("nobody answers on %s: run `systemctl restart containerd-pve`, which looks whether this is a node of Proxmox when it starts", address))
 	}
 	return result("register", "answers on "+address, c.Close())
+}
+
+// knowsEnv says whether this Proxmox knows entrypoint and environment, see pve.KnowsEnv.
+func (h proxmoxHost) knowsEnv() bool {
+	return pve.KnowsEnv(h.version("pve-container"), h.version("lxc-pve"))
 }
 
 // version is an installed package's, or empty.

@@ -68,10 +68,7 @@ func usedBy(ctx context.Context, address string) (*users, error) {
 			return nil, fmt.Errorf("images of namespace %s: %w", n.Name, errgrpc.ToNative(err))
 		}
 		for _, i := range all.Images {
-			image := images.Image{Name: i.Name, Target: ocispec.Descriptor{
-				MediaType: i.Target.GetMediaType(), Digest: digest.Digest(i.Target.GetDigest()), Size: i.Target.GetSize(),
-			}}
-			if err := u.addImage(ctx, n.Name, image, store); err != nil {
+			if err := u.addImage(ctx, n.Name, imageFrom(i), store); err != nil {
 				return nil, err
 			}
 		}
@@ -80,6 +77,13 @@ func usedBy(ctx context.Context, address string) (*users, error) {
 		}
 	}
 	return u, nil
+}
+
+// imageFrom is an image as containerd's API has it.
+func imageFrom(i *imagesapi.Image) images.Image {
+	return images.Image{Name: i.Name, Target: ocispec.Descriptor{
+		MediaType: i.Target.GetMediaType(), Digest: digest.Digest(i.Target.GetDigest()), Size: i.Target.GetSize(),
+	}}
 }
 
 // addContainers asks for one at a time: all of them, with their specs, may be more

@@ -138,7 +138,7 @@ func newProxmox(conf config, z zfs.Way, s snapshotter.Store, conn *grpc.ClientCo
 	if err != nil {
 		return nil, err
 	}
-	host.Env = pve.KnowsEnv(thisProxmox.version("pve-container"), thisProxmox.version("lxc-pve"))
+	host.Env = thisProxmox.knowsEnv()
 	d := &disks{conf: conf, node: node, zfs: z, store: s}
 	r, err := registry.New(node, recordsOf(conf), program, host, d)
 	if err != nil {

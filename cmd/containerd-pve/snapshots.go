@@ -170,7 +170,6 @@ func printSnapshots(w io.Writer, format string, list []snapshot, now time.Time) 
 	return t.Flush()
 }
 
-// printJSON is what --format json prints.
 // checkFormat refuses what is no format of a list.
 func checkFormat(format string) error {
 	if format != "table" && format != "json" {
@@ -179,6 +178,7 @@ func checkFormat(format string) error {
 	return nil
 }
 
+// printJSON is what --format json prints.
 func printJSON(w io.Writer, list any) error {
 	e := json.NewEncoder(w)
 	e.SetIndent("", "  ")

@@ -17,7 +17,6 @@ import (
 	imagesapi "github.com/containerd/containerd/api/services/images/v1"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/content/proxy"
-	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -25,7 +24,6 @@ import (
 	"github.com/docker/go-units"
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
-	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
 	"google.golang.org/grpc"
 
@@ -53,9 +51,8 @@ func imageOf(ctx context.Context, conn *grpc.ClientConn, name string) (_ templat
 	if err != nil {
 		return fail(fmt.Errorf("%w (`ctr images ls` lists those that there are; -n says of which namespace)", errgrpc.ToNative(err)))
 	}
-	t := a.Image.Target
 	store := proxy.NewContentStore(contentapi.NewContentClient(conn))
-	of := images.Image{Name: name, Target: ocispec.Descriptor{MediaType: t.MediaType, Digest: digest.Digest(t.Digest), Size: t.Size}}
+	of := imageFrom(a.Image)
 	d, err := of.Config(ctx, store, platforms.Default())
 	if err != nil {
 		return fail(err)
@@ -95,7 +92,7 @@ func (t *templateTool) open(ctx context.Context, set bool) (conf config, node *p
 	if s.Storage, err = node.Storage(self, conf.Storage, conf.Dataset); err != nil {
 		return fail(err)
 	}
-	s.Host.Env = pve.KnowsEnv(thisProxmox.version("pve-container"), thisProxmox.version("lxc-pve"))
+	s.Host.Env = thisProxmox.knowsEnv()
 	if z, err = zfs.New(ctx, conf.ZFS); err != nil {
 		return fail(err)
 	}

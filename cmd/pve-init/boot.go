@@ -16,12 +16,8 @@ const maxBoot = 4 << 20
 func boot() int {
 	err := bootNow()
 	stderr(err.Error())
-	e, _ := err.(*plan.Error)
-	switch {
-	case e != nil && e.Kind == plan.ErrorNotFound:
-		return exitNotFound
-	case e != nil && e.Kind == plan.ErrorPermission:
-		return exitNotExecuted
+	if e, ok := err.(*plan.Error); ok {
+		return exitCode(e.Kind)
 	}
 	return exitFailure
 }

@@ -66,7 +66,12 @@ func report(s *socket, err error) int {
 	if err := s.send(plan.Event{Error: e}); err != nil {
 		stderr(e.Message)
 	}
-	switch e.Kind {
+	return exitCode(e.Kind)
+}
+
+// exitCode is a shell's for a failure.
+func exitCode(kind plan.ErrorKind) int {
+	switch kind {
 	case plan.ErrorNotFound:
 		return exitNotFound
 	case plan.ErrorPermission:

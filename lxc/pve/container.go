@@ -153,8 +153,8 @@ func (c *Container) Conf(host Host) (*Conf, error) {
 		entries = append(entries, Entry{"lxc.hook.pre-start", c.Guard})
 	}
 	for _, v := range env {
-		e := Entry{"lxc.environment.runtime", v}
-		if !variable.MatchString(v) || checkLXC(e) != nil {
+		e, ok := Variable(v)
+		if !ok {
 			name, _, _ := strings.Cut(v, "=")
 			left = append(left, fmt.Sprintf("the variable %q", name))
 			continue
@@ -184,6 +184,13 @@ func (c *Conf) StopSignal() int {
 
 // variable is what Proxmox takes for one of its property env.
 var variable = regexp.MustCompile(`^\w+=[^\x00-\x08\x0a-\x1f\x7f]*$`)
+
+// Variable is the line for one of the environment, "NAME=value"; ok is false for
+// what cannot be said so.
+func Variable(v string) (e Entry, ok bool) {
+	e = Entry{"lxc.environment.runtime", v}
+	return e, variable.MatchString(v) && checkLXC(e) == nil
+}
 
 const mib = 1 << 20
 
