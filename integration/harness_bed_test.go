@@ -36,21 +36,28 @@ const (
 )
 
 func TestMain(m *testing.M) {
-	if out, err := exec.Command("stack", "up", "--pull").CombinedOutput(); err != nil {
-		fmt.Printf("stack up: %v\n%s", err, out)
+	if err := bringUp(); err != nil {
+		fmt.Println(err)
 		os.Exit(1)
-	}
-	for _, s := range []string{zfs, "overlayfs"} {
-		for _, i := range []string{busybox, debian} {
-			if out, err := exec.Command("ctr", "images", "pull", "--plain-http", "--snapshotter", s, i).CombinedOutput(); err != nil {
-				fmt.Printf("pull %s for %s: %v\n%s", i, s, err, out)
-				os.Exit(1)
-			}
-		}
 	}
 	code := m.Run()
 	_ = exec.Command("stack", "down").Run()
 	os.Exit(code)
+}
+
+// bringUp starts the programs and pulls the images that every test may count on.
+func bringUp() error {
+	if out, err := exec.Command("stack", "up", "--pull").CombinedOutput(); err != nil {
+		return fmt.Errorf("stack up: %w\n%s", err, out)
+	}
+	for _, s := range []string{zfs, "overlayfs"} {
+		for _, i := range []string{busybox, debian} {
+			if out, err := exec.Command("ctr", "images", "pull", "--plain-http", "--snapshotter", s, i).CombinedOutput(); err != nil {
+				return fmt.Errorf("pull %s for %s: %w\n%s", i, s, err, out)
+			}
+		}
+	}
+	return nil
 }
 
 // pool is what the tests have for themselves: on a host there may be others.
