@@ -92,7 +92,9 @@ func makeTemplate(t *testing.T, args ...string) (made templateOf) {
 	t.Helper()
 	must(t, json.Unmarshal([]byte(templateRun(t, 0, append([]string{"create", "--format", "json"}, args...)...)), &made))
 	t.Cleanup(func() {
-		if !noConf(made.VMID) {
+		var left []templateOf
+		must(t, json.Unmarshal([]byte(templateRun(t, 0, "ls", "--format", "json")), &left))
+		if slices.ContainsFunc(left, func(l templateOf) bool { return l.VMID == made.VMID }) {
 			templateRun(t, 0, "rm", strconv.Itoa(made.VMID))
 		}
 	})
@@ -155,11 +157,35 @@ func procList(t *testing.T, pid int, name string) []string {
 	return strings.Split(strings.TrimSuffix(string(text), "\x00"), "\x00")
 }
 
+// written are the bytes that the pool's disks were given.
+func written(t *testing.T) (most int64) {
+	t.Helper()
+	if out, code := command("zpool", "sync", pool()); code != 0 {
+		t.Fatal(out)
+	}
+	out, code := command("zpool", "get", "-H", "-p", "-o", "value", "write_bytes", pool(), "all-vdevs")
+	if code != 0 {
+		t.Fatal(out)
+	}
+	for text := range strings.FieldsSeq(out) {
+		n, err := strconv.ParseInt(text, 10, 64)
+		must(t, err)
+		most = max(most, n) // the root's are those of all below it
+	}
+	return most
+}
+
 // TestTemplate: a template is made of an image without copying it, and what is
 // cloned of it boots as the image says.
 func TestTemplate(t *testing.T) {
 	proxmox(t)
+	before := written(t)
 	made := makeTemplate(t, nginx, "--memory", "256M")
+	if n := written(t) - before; n <= 0 || n > 4<<20 {
+		t.Errorf("%d bytes were written for an image of %d", n, made.Referenced)
+	} else {
+		t.Logf("%d bytes written for an image of %d", n, made.Referenced)
+	}
 	if made.VMID != 100 || made.Image != nginx || !strings.HasPrefix(made.Digest, "sha256:") || made.Dataset != volumes()+"/basevol-100-disk-0" || made.Unfinished {
 		t.Errorf("%+v", made)
 	}

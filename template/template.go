@@ -55,13 +55,14 @@ type ZFS interface {
 	Space(ctx context.Context, name string) (zfs.Space, error)
 }
 
-// Node is Proxmox's, see pve.Node.
+// Node is Proxmox's, see pve.Node, or a host's that has LXC alone, see package plain.
 type Node interface {
 	Register(ctx context.Context, want int, of func(vmid int) (*pve.Conf, error)) (int, error)
 	Change(ctx context.Context, vmid int, change func(*pve.Conf) error) error
 	Remove(ctx context.Context, vmid int, mine func(*pve.Conf) bool, before func(*pve.Conf) error) error
 	Guests() ([]int, error)
 	Read(vmid int) (*pve.Conf, error)
+	Exclusive(ctx context.Context, name string, f func() error) error
 }
 
 // Store is of one node.
@@ -351,11 +352,14 @@ func (s *Store) List(ctx context.Context) ([]Template, error) {
 	if err != nil {
 		return nil, err
 	}
+	all := []Template{}
+	if len(vmids) == 0 {
+		return all, nil
+	}
 	entries, err := s.ZFS.Contents(ctx, s.Storage.Pool, []string{propDigest, propImage, propLayer})
 	if err != nil {
 		return nil, err
 	}
-	all := []Template{}
 	for _, vmid := range vmids {
 		conf, err := s.Node.Read(vmid)
 		if errdefs.IsNotFound(err) {
@@ -376,7 +380,8 @@ func (s *Store) List(ctx context.Context) ([]Template, error) {
 				t.Dataset, t.Image, t.Digest = dataset, e.Own[propImage], e.Own[propDigest]
 				t.Layer = e.Own[propLayer]
 				t.Created, t.Used, t.Referenced = e.Created, e.Used, e.Referenced
-			case e.Origin == dataset+"@"+base:
+			// lxc-copy clones a snapshot that it takes itself.
+			case strings.HasPrefix(e.Origin, dataset+"@"):
 				t.Clones = append(t.Clones, e.Name)
 			}
 		}
@@ -412,7 +417,18 @@ func (s *Store) remove(ctx context.Context, vmid int) error {
 	dataset := s.dataset(vmid)
 	// The conf goes last: what a crash leaves is found by it.
 	return s.Node.Remove(ctx, vmid, isOurs, func(*pve.Conf) error {
-		failed, err := s.ZFS.DestroyAll(ctx, []string{dataset + "@" + base, dataset})
+		entries, err := s.ZFS.Contents(ctx, s.Storage.Pool, nil)
+		if err != nil {
+			return err
+		}
+		// Whoever took a snapshot of it: nothing is cloned of one.
+		var victims []string
+		for _, e := range entries {
+			if strings.HasPrefix(e.Name, dataset+"@") {
+				victims = append(victims, e.Name)
+			}
+		}
+		failed, err := s.ZFS.DestroyAll(ctx, append(victims, dataset))
 		for name, f := range failed {
 			err = errors.Join(err, fmt.Errorf("destroying %s: %w", name, f))
 		}

@@ -96,6 +96,8 @@ func (h *host) Remove(_ context.Context, vmid int, mine func(*pve.Conf) bool, be
 	return nil
 }
 
+func (h *host) Exclusive(_ context.Context, _ string, f func() error) error { return f() }
+
 func (h *host) Guests() ([]int, error) { return slices.Sorted(maps.Keys(h.confs)), nil }
 
 func (h *host) Read(vmid int) (*pve.Conf, error) { return h.confs[vmid], nil }

@@ -149,6 +149,9 @@ func newProxmox(conf config, z zfs.Way, s snapshotter.Store, conn *grpc.ClientCo
 	return p, nil
 }
 
+// lockDir is where Proxmox's tools lock a container's conf.
+const lockDir = "/run/lock/lxc"
+
 // thisNode is this node of Proxmox; nil if it is none. Its cluster filesystem may be down.
 func thisNode(conf config) (*pve.Node, error) {
 	if !pve.Installed(conf.ProxmoxDatabase) {
@@ -158,7 +161,7 @@ func thisNode(conf config) (*pve.Node, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &pve.Node{Root: conf.ProxmoxRoot, Locks: "/run/lock/lxc", Range: vmids}, nil
+	return &pve.Node{Root: conf.ProxmoxRoot, Locks: lockDir, Range: vmids}, nil
 }
 
 // containerStorages are the datasets below which containers' disks may be.

@@ -32,6 +32,7 @@ import (
 	"github.com/containerd-pve/containerd-pve/snapshotter"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 	"github.com/containerd-pve/containerd-pve/template"
+	"github.com/containerd-pve/containerd-pve/template/plain"
 )
 
 // templateTool is what the commands on templates work with.
@@ -67,37 +68,46 @@ func imageOf(ctx context.Context, conn *grpc.ClientConn, name string) (_ templat
 	return i, identity.ChainID(i.Config.RootFS.DiffIDs), nil
 }
 
-// open is this node's store of templates. Errors: FailedPrecondition, this is no node of Proxmox.
-func (t *templateTool) open(ctx context.Context, set bool) (conf config, node *pve.Node, _ *template.Store, z zfs.Way, err error) {
-	fail := func(err error) (config, *pve.Node, *template.Store, zfs.Way, error) {
-		return config{}, nil, nil, nil, err
-	}
+// open is this host's store of templates.
+func (t *templateTool) open(ctx context.Context, set bool) (conf config, s *template.Store, z zfs.Way, err error) {
+	fail := func(err error) (config, *template.Store, zfs.Way, error) { return config{}, nil, nil, err }
 	if conf, err = readConfig(t.path, set); err != nil {
 		return fail(err)
 	}
 	if err := conf.complete(); err != nil {
 		return fail(err)
 	}
-	if node, err = thisNode(conf); err != nil {
+	if s, err = storeOn(conf); err != nil {
 		return fail(err)
 	}
-	if node == nil {
-		return fail(fmt.Errorf("this is no node of Proxmox VE: there are no templates: %w", errdefs.ErrFailedPrecondition))
-	}
-	self, err := node.Name()
-	if err != nil {
-		return fail(err)
-	}
-	s := &template.Store{Node: node}
-	if s.Storage, err = node.Storage(self, conf.Storage, conf.Dataset); err != nil {
-		return fail(err)
-	}
-	s.Host.Env = thisProxmox.knowsEnv()
 	if z, err = zfs.New(ctx, conf.ZFS); err != nil {
 		return fail(err)
 	}
 	s.ZFS = z
-	return conf, node, s, z, nil
+	return conf, s, z, nil
+}
+
+// storeOn is the node of Proxmox that this host is, or LXC alone.
+func storeOn(conf config) (s *template.Store, err error) {
+	node, err := thisNode(conf)
+	if err != nil {
+		return nil, err
+	}
+	if node == nil {
+		numbers, err := parseVMIDs(conf.VMIDRange)
+		if err != nil {
+			return nil, err
+		}
+		n := &plain.Node{Path: "/var/lib/lxc", Default: "/etc/lxc/default.conf", Pool: conf.Dataset + "-templates", Range: numbers, Locks: lockDir}
+		return &template.Store{Node: n, Host: pve.Host{Env: true}, Storage: pve.Storage{Name: plain.Storage, Pool: n.Pool}}, nil
+	}
+	self, err := node.Name()
+	if err != nil {
+		return nil, err
+	}
+	s = &template.Store{Node: node, Host: pve.Host{Env: thisProxmox.knowsEnv()}}
+	s.Storage, err = node.Storage(self, conf.Storage, conf.Dataset)
+	return s, err
 }
 
 func (t *templateTool) options() (o template.Options, err error) {
@@ -126,10 +136,16 @@ func (t *templateTool) options() (o template.Options, err error) {
 // connect is open for what makes templates of containerd's images.
 func (t *templateTool) connect(ctx context.Context, set bool) (_ *templateMaker, err error) {
 	m := &templateMaker{namespace: t.namespace}
-	if m.conf, m.node, m.store, m.zfs, err = t.open(ctx, set); err != nil {
+	if m.conf, m.store, m.zfs, err = t.open(ctx, set); err != nil {
 		return nil, err
 	}
 	m.store.Init, err = lxc.InitProgram("")
+	if m.plain() && err == nil {
+		err = m.zfs.Create(ctx, m.store.Storage.Pool, zfs.Properties{"mountpoint": "none"})
+		if errdefs.IsAlreadyExists(err) {
+			err = nil
+		}
+	}
 	if err == nil {
 		m.conn, err = dialContainerd(t.address)
 	}
@@ -142,11 +158,16 @@ func (t *templateTool) connect(ctx context.Context, set bool) (_ *templateMaker,
 // templateMaker makes templates of a namespace's images.
 type templateMaker struct {
 	conf      config
-	node      *pve.Node
 	store     *template.Store
 	zfs       zfs.Way
 	conn      *grpc.ClientConn
 	namespace string
+}
+
+// plain says whether there is no Proxmox here.
+func (m *templateMaker) plain() bool {
+	_, is := m.store.Node.(*plain.Node)
+	return is
 }
 
 func (m *templateMaker) Close() { _ = errors.Join(m.conn.Close(), m.zfs.Close()) }
@@ -183,7 +204,7 @@ func (t *templateTool) create(ctx context.Context, set bool, name string, w io.W
 		return err
 	}
 	defer m.Close()
-	return m.node.Exclusive(ctx, "template", func() error {
+	return m.store.Node.Exclusive(ctx, "template", func() error {
 		image, err := m.image(ctx, name)
 		if err != nil {
 			return err
@@ -195,7 +216,7 @@ func (t *templateTool) create(ctx context.Context, set bool, name string, w io.W
 		if t.format == "json" {
 			return printJSON(w, made)
 		}
-		return sayMade(w, made, is)
+		return m.sayMade(w, made, is)
 	})
 }
 
@@ -217,12 +238,16 @@ func (m *templateMaker) create(ctx context.Context, i template.Image, o template
 	return made, is, err
 }
 
-func sayMade(w io.Writer, made template.Template, is bool) error {
+func (m *templateMaker) sayMade(w io.Writer, made template.Template, is bool) error {
 	if !is {
 		_, err := fmt.Fprintf(w, "VMID %d is the template of %s (%s) already\n", made.VMID, made.Image, shortDigest(made.Digest))
 		return err
 	}
-	_, err := fmt.Fprintf(w, "VMID %d, %s, is a template of %s (%s): `pct clone %[1]d <VMID>`\n", made.VMID, made.Name, made.Image, shortDigest(made.Digest))
+	clone := "pct clone %d VMID"
+	if m.plain() {
+		clone = "lxc-copy -n %d -N NAME -s"
+	}
+	_, err := fmt.Fprintf(w, "VMID %d, %s, is a template of %s (%s): `"+clone+"`\n", made.VMID, made.Name, made.Image, shortDigest(made.Digest), made.VMID)
 	return err
 }
 
@@ -234,7 +259,7 @@ func (t *templateTool) refresh(ctx context.Context, set bool, only []string, w i
 		return err
 	}
 	defer m.Close()
-	return m.node.Exclusive(ctx, "template", func() error {
+	return m.store.Node.Exclusive(ctx, "template", func() error {
 		all, err := m.store.List(ctx)
 		if err != nil {
 			return err
@@ -263,7 +288,7 @@ func (t *templateTool) refresh(ctx context.Context, set bool, only []string, w i
 			}
 			results = append(results, r)
 			if t.format != "json" {
-				if err := sayMade(w, r.Template, r.Made); err != nil {
+				if err := m.sayMade(w, r.Template, r.Made); err != nil {
 					return err
 				}
 			}
@@ -329,7 +354,7 @@ func vmidsOf(args []string) ([]int, error) {
 }
 
 func templateCommand() *cobra.Command {
-	c := &cobra.Command{Use: "template", Aliases: []string{"templates"}, Short: "Proxmox templates of images"}
+	c := &cobra.Command{Use: "template", Aliases: []string{"templates"}, Short: "templates of images, for pct clone or lxc-copy"}
 	var t templateTool
 	format := func(f func(c *cobra.Command, args []string) error) func(*cobra.Command, []string) error {
 		return func(c *cobra.Command, args []string) error {
@@ -341,7 +366,8 @@ func templateCommand() *cobra.Command {
 	}
 	create := &cobra.Command{
 		Use: "create IMAGE", Short: "make a template of an image in containerd's store",
-		Long: "Makes a template of an image that was pulled for " + snapshotterName + ", without copying it: `pct clone` and the GUI clone that. The command, environment,\n" +
+		Long: "Makes a template of an image that was pulled for " + snapshotterName + ", without copying it: `pct clone` and the GUI clone that, or\n" +
+			"`lxc-copy -s` on a host without Proxmox. The command, environment,\n" +
 			"working directory, user and stop signal are the image's. Of the digest of which there is a template that one is named.",
 		Args: cobra.ExactArgs(1),
 		RunE: format(func(c *cobra.Command, args []string) error {
@@ -357,14 +383,14 @@ func templateCommand() *cobra.Command {
 	// with opens the store; those that change it do so one at a time.
 	with := func(exclusive bool, f func(ctx context.Context, s *template.Store, args []string, w io.Writer) error) func(*cobra.Command, []string) error {
 		return format(func(c *cobra.Command, args []string) error {
-			_, node, store, z, err := t.open(c.Context(), c.Flags().Changed("config"))
+			_, store, z, err := t.open(c.Context(), c.Flags().Changed("config"))
 			if err != nil {
 				return err
 			}
 			defer z.Close()
 			now := func() error { return f(c.Context(), store, args, c.OutOrStdout()) }
 			if exclusive {
-				return node.Exclusive(c.Context(), "template", now)
+				return store.Node.Exclusive(c.Context(), "template", now)
 			}
 			return now()
 		})
