@@ -19,7 +19,7 @@ import (
 )
 
 // imageFormat changes when writeImages writes something else from the same trees.
-const imageFormat = "2"
+const imageFormat = "3"
 
 type descriptor struct {
 	MediaType string    `json:"mediaType"`
@@ -72,6 +72,10 @@ func writeImages(ctx context.Context, out string) error {
 	if err != nil {
 		return fmt.Errorf("nginx layer: %w", err)
 	}
+	systemd, err := writeLayer(ctx, blobs, filepath.Join(out, "systemd"), filepath.Join(out, "debian"))
+	if err != nil {
+		return fmt.Errorf("systemd layer: %w", err)
+	}
 	busybox, err := writeLayer(ctx, blobs, filepath.Join(out, "busybox"), "")
 	if err != nil {
 		return fmt.Errorf("busybox layer: %w", err)
@@ -111,6 +115,8 @@ func writeImages(ctx context.Context, out string) error {
 			Env: []string{imagePath}, Cmd: []string{"nginx", "-g", "daemon off;"},
 			StopSignal: "SIGQUIT", ExposedPorts: map[string]struct{}{"80/tcp": {}},
 		}},
+		// It names no command: what boots it is its own /sbin/init.
+		{repo: "debian", tag: "systemd", layers: []layer{debian, systemd}, config: imageConfig{Env: []string{imagePath}, StopSignal: "SIGRTMIN+3"}},
 		{repo: "busybox", tag: "latest", layers: []layer{busybox}, config: shell},
 		// What containerd's client suite pulls, with the names it has there.
 		{repo: "containerd/busybox", tag: "1.36", layers: []layer{busybox}, config: shell, others: foreign},
@@ -166,7 +172,7 @@ func writeImages(ctx context.Context, out string) error {
 			return err
 		}
 	}
-	for _, d := range []string{"debian", "nginx", "busybox", "pause"} {
+	for _, d := range []string{"debian", "nginx", "systemd", "busybox", "pause"} {
 		if err := os.RemoveAll(filepath.Join(out, d)); err != nil {
 			return err
 		}

@@ -59,7 +59,7 @@ func TestDiff(t *testing.T) {
 // TestWriteImages reads back what the registry is given: whatever is named is there, as named.
 func TestWriteImages(t *testing.T) {
 	out := t.TempDir()
-	for _, tree := range []string{"debian", "nginx", "busybox", "pause"} {
+	for _, tree := range []string{"debian", "nginx", "systemd", "busybox", "pause"} {
 		if err := errors.Join(os.Mkdir(filepath.Join(out, tree), 0o755), os.WriteFile(filepath.Join(out, tree, tree), []byte(tree), 0o644)); err != nil {
 			t.Fatal(err)
 		}

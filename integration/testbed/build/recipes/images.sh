@@ -1,13 +1,19 @@
 # The trees the local registry's images are made of; layers and manifests are written from them afterwards.
 bootstrap "$OUT/debian" ca-certificates
-cp -a "$OUT/debian" "$OUT/nginx"
-printf '#!/bin/sh\nexit 101\n' > "$OUT/nginx/usr/sbin/policy-rc.d"
-chmod 755 "$OUT/nginx/usr/sbin/policy-rc.d"
-cp /etc/resolv.conf "$OUT/nginx/etc/resolv.conf"
-chroot "$OUT/nginx" sh -euc 'apt-get update; apt-get install -y --no-install-recommends nginx
-	apt-get clean; rm -rf /var/lib/apt/lists/* /usr/sbin/policy-rc.d /var/log/apt /var/log/dpkg.log /var/cache/*
-	ln -sf /dev/stdout /var/log/nginx/access.log; ln -sf /dev/stderr /var/log/nginx/error.log'
-cp -a "$OUT/debian/etc/resolv.conf" "$OUT/nginx/etc/resolv.conf" 2>/dev/null || rm -f "$OUT/nginx/etc/resolv.conf"
+# with TREE PACKAGE [COMMANDS]: debian with a package more
+with() {
+	local tree=$OUT/$1
+	cp -a "$OUT/debian" "$tree"
+	printf '#!/bin/sh\nexit 101\n' > "$tree/usr/sbin/policy-rc.d"
+	chmod 755 "$tree/usr/sbin/policy-rc.d"
+	cp /etc/resolv.conf "$tree/etc/resolv.conf"
+	chroot "$tree" sh -euc "apt-get update; apt-get install -y --no-install-recommends $2
+		apt-get clean; rm -rf /var/lib/apt/lists/* /usr/sbin/policy-rc.d /var/log/apt /var/log/dpkg.log /var/cache/*
+		${3-}"
+	cp -a "$OUT/debian/etc/resolv.conf" "$tree/etc/resolv.conf" 2>/dev/null || rm -f "$tree/etc/resolv.conf"
+}
+with nginx nginx 'ln -sf /dev/stdout /var/log/nginx/access.log; ln -sf /dev/stderr /var/log/nginx/error.log'
+with systemd systemd-sysv ': > /etc/machine-id'
 mkdir -p "$OUT"/busybox/{bin,etc,proc,sys,dev,tmp,root,var,run}
 chmod 1777 "$OUT/busybox/tmp"
 cp "$DEP_ROOTFS/root/bin/busybox" "$OUT/busybox/bin/busybox"
