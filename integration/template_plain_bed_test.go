@@ -4,6 +4,7 @@ package integration
 
 import (
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -116,5 +117,33 @@ func TestTemplateScratch(t *testing.T) {
 	time.Sleep(time.Second)
 	if out, _ := command("lxc-info", "-n", "alone", "-s", "-H"); strings.TrimSpace(out) != "RUNNING" {
 		t.Errorf("it is %s", out)
+	}
+}
+
+// TestTemplateSystemd: an image that holds a whole system boots it, and is shut down by
+// the signal that the image names.
+func TestTemplateSystemd(t *testing.T) {
+	const image = "localhost:5000/debian:systemd"
+	t.Cleanup(func() { command("zfs", "destroy", templates()) })
+	made := makeTemplate(t, image, "--pull", "--plain-http", "--memory", "1G")
+	t.Cleanup(func() { command("ctr", "images", "rm", image) })
+	lxcCopy(t, made, "sys")
+	pid := lxcStart(t, "sys")
+	if got := procList(t, pid, "cmdline")[0]; got != "/sbin/init" {
+		t.Errorf("its init is %q", got)
+	}
+	inside := func(args ...string) string {
+		out, _ := command(append([]string{"lxc-attach", "-n", "sys", "--"}, args...)...)
+		return strings.TrimSpace(out)
+	}
+	eventually(t, 5*time.Minute, "the system is up", func() bool {
+		return slices.Contains([]string{"running", "degraded"}, inside("systemctl", "is-system-running"))
+	})
+	t.Log(inside("systemctl", "--failed", "--no-legend"), inside("cat", "/proc/sys/kernel/hostname"))
+	if out := inside("systemctl", "is-active", "multi-user.target", "systemd-journald"); out != "active\nactive" {
+		t.Errorf("what systemd runs is %q", out)
+	}
+	if out, code := command("lxc-stop", "-n", "sys", "-t", "120", "--nokill"); code != 0 {
+		t.Errorf("the shutdown: %d, %s", code, out)
 	}
 }

@@ -226,3 +226,23 @@ func TestNameOf(t *testing.T) {
 		}
 	}
 }
+
+// TestDescribe: Proxmox takes the notes, whatever an image has in its history.
+func TestDescribe(t *testing.T) {
+	i := imageWith(ocispec.ImageConfig{ExposedPorts: map[string]struct{}{"80/tcp": {}, "443/tcp": {}}})
+	i.Config.History = []ocispec.History{{CreatedBy: "RUN /bin/sh -c a\n\tb"}, {EmptyLayer: true}, {CreatedBy: strings.Repeat("ü%:", 100)}}
+	text := i.describe()
+	for _, want := range []string{"ports: 443/tcp, 80/tcp\n", "step 1: RUN /bin/sh -c a b\n", "step 3: " + strings.Repeat("ü%:", 66) + "ü% …\n"} {
+		if !strings.Contains(text, want) {
+			t.Errorf("%q is not in %q", want, text)
+		}
+	}
+	i.Config.History = slices.Repeat(i.Config.History, 100)
+	var c pve.Conf
+	if err := c.SetDescription(i.describe()); err != nil {
+		t.Error(err)
+	}
+	if got := pve.Parse(c.Bytes()).Description(); got != i.describe()+"\n" && got != i.describe() {
+		t.Errorf("%q", got)
+	}
+}

@@ -257,6 +257,9 @@ func nameOf(reference string) string {
 	return pve.HostnameOf(strings.NewReplacer(":", "-", ".", "-", "_", "-").Replace(name))
 }
 
+// mostOfStep is how many characters of a step of the image's history the notes have.
+const mostOfStep = 200
+
 // describe is the text of the GUI's notes.
 func (i Image) describe() string {
 	var b strings.Builder
@@ -283,6 +286,13 @@ func (i Image) describe() string {
 	}
 	list("ports", c.Config.ExposedPorts)
 	list("volumes", c.Config.Volumes)
+	for i, h := range c.History {
+		// All of it is in the config, see inspect.
+		if text := []rune(h.CreatedBy); len(text) > mostOfStep {
+			h.CreatedBy = string(text[:mostOfStep]) + " …"
+		}
+		line(fmt.Sprintf("step %d", i+1), h.CreatedBy)
+	}
 	const most = 6000 // Proxmox takes 8 KiB, with what it has to escape
 	if text := b.String(); len(text) > most {
 		return strings.ToValidUTF8(text[:most], "")

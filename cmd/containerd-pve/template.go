@@ -41,6 +41,7 @@ type templateTool struct {
 	name, memory, size               string
 	vmid                             int
 	nets                             []string
+	pulling                          pulling
 }
 
 // imageOf finds an image of containerd's, for this platform. Errors: NotFound.
@@ -204,6 +205,11 @@ func (t *templateTool) create(ctx context.Context, set bool, name string, w io.W
 		return err
 	}
 	defer m.Close()
+	if t.pulling.first {
+		if name, err = t.pulling.pull(ctx, m.conn, m.namespace, name); err != nil {
+			return err
+		}
+	}
 	return m.store.Node.Exclusive(ctx, "template", func() error {
 		image, err := m.image(ctx, name)
 		if err != nil {
@@ -281,7 +287,7 @@ func (t *templateTool) refresh(ctx context.Context, set bool, only []string, w i
 			if len(only) > 0 && !slices.Contains(only, name) {
 				continue
 			}
-			r, err := m.refresh(ctx, newest[name])
+			r, err := m.refresh(ctx, newest[name], &t.pulling)
 			if err != nil {
 				failed = errors.Join(failed, err)
 				continue
@@ -308,7 +314,12 @@ type refreshed struct {
 }
 
 // refresh gives the new one the memory and the networks of the old.
-func (m *templateMaker) refresh(ctx context.Context, old template.Template) (refreshed, error) {
+func (m *templateMaker) refresh(ctx context.Context, old template.Template, p *pulling) (refreshed, error) {
+	if p.first {
+		if _, err := p.pull(ctx, m.conn, m.namespace, old.Image); err != nil {
+			return refreshed{}, err
+		}
+	}
 	image, err := m.image(ctx, old.Image)
 	if err != nil {
 		return refreshed{}, err
@@ -477,7 +488,7 @@ func templateCommand() *cobra.Command {
 	prune.Flags().BoolVar(&force, "force", false, "remove them")
 	refresh := &cobra.Command{
 		Use: "refresh [IMAGE...]", Short: "make new templates of the images that moved on",
-		Long: "Makes a template of each image of which there is one and which is another in containerd's store since (`ctr images pull` gets it), with\nmemory and networks of the old one. That stays for what was cloned of it; `prune` removes it.",
+		Long: "Makes a template of each image of which there is one and which is another in containerd's store since (--pull or `ctr images pull` gets it), with\nmemory and networks of the old one. That stays for what was cloned of it; `prune` removes it.",
 		RunE: format(func(c *cobra.Command, args []string) error {
 			return t.refresh(c.Context(), c.Flags().Changed("config"), args, c.OutOrStdout())
 		}),
@@ -501,6 +512,7 @@ func templateCommand() *cobra.Command {
 		sub.Flags().StringVar(&t.address, "containerd-address", defaultContainerd, "containerd's `socket`")
 	}
 	for _, sub := range []*cobra.Command{create, refresh} {
+		t.pulling.flags(sub)
 		sub.Flags().StringVarP(&t.namespace, "namespace", "n", namespaces.Default, "containerd's namespace")
 	}
 	for _, sub := range []*cobra.Command{create, ls, inspect, validate, refresh, prune, rm} {
