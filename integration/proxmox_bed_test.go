@@ -353,6 +353,12 @@ func TestProxmoxVMID(t *testing.T) {
 	}
 	o.remove()
 	b.remove()
+	// The volume that it had goes with containerd's next collection, which is waited for.
+	b = start(t, options{id: "again", args: []string{"sleep", "1000"}, edit: annotate("500")})
+	if noConf(500) {
+		t.Error("it has another VMID than that of a removed one")
+	}
+	b.remove()
 	eventually(t, time.Minute, "the confs are gone", func() bool {
 		left, err := filepath.Glob("/etc/pve/lxc/*.conf")
 		return err == nil && len(left) == 0

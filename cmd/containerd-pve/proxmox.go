@@ -59,7 +59,7 @@ func (d *disks) Volume(ctx context.Context, vmid int, dataset string) (registry.
 	if err != nil {
 		return registry.Volume{}, err
 	}
-	name := fmt.Sprintf("subvol-%d-disk-0", vmid)
+	name := volumeName(vmid)
 	target := path.Join(s.Pool, name)
 	if target != dataset {
 		there, err := d.Exists(ctx, target)
@@ -76,6 +76,41 @@ func (d *disks) Volume(ctx context.Context, vmid int, dataset string) (registry.
 	}
 	size := max(free>>30, 1)
 	return registry.Volume{Conf: fmt.Sprintf("%s:%s,size=%dG", s.Name, name, size), Dataset: target, Size: size << 30}, nil
+}
+
+func volumeName(vmid int) string { return fmt.Sprintf("subvol-%d-disk-0", vmid) }
+
+const (
+	// settleLimit is less than a shim waits for a VMID.
+	settleLimit = 10 * time.Second
+	settlePause = 200 * time.Millisecond
+)
+
+func (d *disks) Settle(ctx context.Context, vmid int) error {
+	self, err := d.node.Name()
+	if err != nil {
+		return err
+	}
+	s, err := d.node.Storage(self, d.conf.Storage, d.conf.Dataset)
+	if err != nil {
+		return err
+	}
+	target := path.Join(s.Pool, volumeName(vmid))
+	for limit := time.Now().Add(settleLimit); time.Now().Before(limit); {
+		there, err := d.Exists(ctx, target)
+		if err != nil || !there || !d.store.Owns(target) {
+			return err
+		}
+		if err := d.store.Cleanup(ctx); err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(settlePause):
+		}
+	}
+	return nil
 }
 
 func (d *disks) Move(ctx context.Context, dataset string, to registry.Volume) error {

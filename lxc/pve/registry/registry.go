@@ -43,6 +43,9 @@ type Disks interface {
 	// Volume is the one that dataset is to be of a VMID. Errors: os.ErrExist, another
 	// has its name, that of a removed container for example.
 	Volume(ctx context.Context, vmid int, dataset string) (Volume, error)
+	// Settle waits a while for the volume that a removed container of ours had under a VMID to be
+	// destroyed, which containerd has its garbage collection do. Another's stays: Volume says so.
+	Settle(ctx context.Context, vmid int) error
 	// Move renames dataset to the volume's, and limits it. It is done if it was before.
 	Move(ctx context.Context, dataset string, to Volume) error
 	// Show mounts a volume where Proxmox's tools look for its files.
@@ -212,6 +215,13 @@ func (r *Registry) Register(ctx context.Context, want int, c pve.Container, disk
 	}
 	if disk.Dataset != "" && !r.disks.Ours(disk.Dataset) {
 		disk.Dataset = ""
+	}
+	if want != 0 && rec.VMID == 0 && disk.Dataset != "" {
+		if _, err := r.node.Read(want); errdefs.IsNotFound(err) {
+			if err := r.disks.Settle(ctx, want); err != nil {
+				return fail(err)
+			}
+		}
 	}
 	has := rec.VMID
 	described := r.Describe == nil

@@ -21,6 +21,7 @@ type disks struct {
 	fail  error
 	there string // a volume that is there
 
+	settled []int // VMIDs
 	shown   []string
 	gone    []string // datasets that are not there
 	others  []string // datasets that are none of ours
@@ -37,6 +38,11 @@ func (d *disks) Volume(_ context.Context, vmid int, dataset string) (Volume, err
 		return Volume{}, os.ErrExist
 	}
 	return Volume{Conf: "tank:" + name + ",size=8G", Dataset: "tank/data/" + name, Size: 8 << 30}, nil
+}
+
+func (d *disks) Settle(_ context.Context, vmid int) error {
+	d.settled = append(d.settled, vmid)
+	return nil
 }
 
 func (d *disks) Show(_ context.Context, dataset string) error {
@@ -105,6 +111,23 @@ func (r *Registry) text(t *testing.T, vmid int) string {
 		t.Fatal(err)
 	}
 	return string(c.Bytes())
+}
+
+// TestSettle: the disk of a removed container is waited for where its VMID is asked
+// for, and nobody else's.
+func TestSettle(t *testing.T) {
+	ctx := context.Background()
+	r, d := newRegistry(t)
+	for _, want := range []int{500, 0, 500} {
+		id := fmt.Sprintf("c%d", len(d.moved))
+		_, err := r.Register(ctx, want, container(id), Disk{Dataset: "tank/ours/" + id})
+		if taken := errdefs.IsAlreadyExists(err); taken != (id == "c2") || err != nil && !taken {
+			t.Errorf("%s: %v", id, err)
+		}
+	}
+	if !slices.Equal(d.settled, []int{500}) {
+		t.Errorf("waited for %v", d.settled)
+	}
 }
 
 // TestLife: a container keeps its VMID over its tasks, with its limits as they
