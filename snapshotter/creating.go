@@ -157,7 +157,11 @@ func (s *snapshotter) dropUnfinished(ctx context.Context) error {
 				if err != nil {
 					return err
 				}
-				origins[id] = s.origin(sn.ParentIDs)
+				_, info, _, err := storage.GetInfo(ctx, key)
+				if err != nil {
+					return err
+				}
+				origins[id] = cmp.Or(info.Labels[LabelCloneOf], s.origin(sn.ParentIDs))
 			}
 		}
 		return nil
