@@ -23,10 +23,11 @@ type host struct {
 	conf   *pve.Conf
 	log    []string
 	fail   map[string]error
-	pinned string // a snapshot that a clone needs
-	files  string // the snapshot that the files are of
-	config string // what containerd knows of it
-	left   int    // steps until the end of this process; 0: none
+	pinned string            // a snapshot that a clone needs
+	files  string            // the snapshot that the files are of
+	config string            // what containerd knows of it
+	keys   map[string]string // of datasets
+	left   int               // steps until the end of this process; 0: none
 }
 
 type crash struct{}
@@ -44,6 +45,13 @@ func (h *host) did(format string, args ...any) error {
 
 func (h *host) Taken(context.Context, string, []string) ([]zfs.Entry, error) {
 	return slices.Clone(h.taken), nil
+}
+
+func (h *host) Property(_ context.Context, name, _ string) (string, error) {
+	if key, there := h.keys[name]; there {
+		return key, nil
+	}
+	return zfs.Unset, nil
 }
 
 func (h *host) Snapshot(_ context.Context, name string, props zfs.Properties) error {
