@@ -49,8 +49,11 @@ func Of(kept *containersapi.Container, id string, vmid int) (_ *containersapi.Co
 	var spec object
 	d := json.NewDecoder(bytes.NewReader(kept.Spec.GetValue()))
 	d.UseNumber()
-	if err := d.Decode(&spec); err != nil || spec == nil {
+	if err := d.Decode(&spec); err != nil {
 		return nil, nil, fmt.Errorf("the spec of container %s: %w: %w", kept.ID, err, errdefs.ErrDataLoss)
+	}
+	if spec == nil {
+		return nil, nil, fmt.Errorf("container %s has no spec: %w", kept.ID, errdefs.ErrDataLoss)
 	}
 	c := proto.CloneOf(kept)
 	c.ID, c.SnapshotKey, c.CreatedAt, c.UpdatedAt = id, id, nil, nil
