@@ -111,31 +111,49 @@ func (s *snapshotter) checkSource(ctx context.Context, of, key, parent string) e
 }
 
 // destroyTaken tries again what failed, where snapshots of the containers' state
-// are in the way, and answers what still does. live are the records' keys.
+// are in the way, as long as that helps, and answers what still does. live are the records' keys.
 func (s *snapshotter) destroyTaken(ctx context.Context, victims []string, failed map[string]error, live map[string]string) (map[string]error, error) {
-	var again []string
-	some := false
-	for _, name := range victims {
-		if failed[name] == nil {
-			continue
+	for {
+		var again []string
+		some := false
+		for _, name := range victims {
+			if failed[name] == nil {
+				continue
+			}
+			if !strings.Contains(name, "@") {
+				unneeded, freed, err := s.free(ctx, name, live)
+				if ctx.Err() != nil || errdefs.IsUnavailable(err) {
+					return failed, err
+				}
+				if err != nil {
+					log.G(ctx).WithError(err).WithField("dataset", name).Warn("its states are not given to their clones yet")
+				}
+				some = some || freed || len(unneeded) > 0
+				again = append(again, unneeded...)
+			}
+			again = append(again, name)
 		}
+		if !some {
+			return failed, nil
+		}
+		before := filesystems(failed)
+		var err error
+		if failed, err = s.zfs.DestroyAll(ctx, again); err != nil || filesystems(failed) == before {
+			return failed, err
+		}
+		victims = again // one that is gone may have been in another's way
+	}
+}
+
+// filesystems are how many of the names are no snapshots'.
+func filesystems(of map[string]error) int {
+	n := 0
+	for name := range of {
 		if !strings.Contains(name, "@") {
-			unneeded, freed, err := s.free(ctx, name, live)
-			if ctx.Err() != nil || errdefs.IsUnavailable(err) {
-				return failed, err
-			}
-			if err != nil {
-				log.G(ctx).WithError(err).WithField("dataset", name).Warn("its states are not given to their clones yet")
-			}
-			some = some || freed || len(unneeded) > 0
-			again = append(again, unneeded...)
+			n++
 		}
-		again = append(again, name)
 	}
-	if !some {
-		return failed, nil
-	}
-	return s.zfs.DestroyAll(ctx, again)
+	return n
 }
 
 // free looks at the states of a container that is gone. Of unneeded nobody made

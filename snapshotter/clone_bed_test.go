@@ -81,22 +81,26 @@ func orders(of []string) [][]string {
 	return all
 }
 
-// TestCloneOrders: in whatever order containers and clones are removed, one after the other or
+// TestCloneOrders: in whichever of some orders containers and clones are removed, one after the other or
 // two at once, each dataset is gone then, the others have their files, and nothing is left.
 func TestCloneOrders(t *testing.T) {
 	pool := makePool(t)
 	for _, way := range []string{zfs.NativeOnly, zfs.GoZFS} {
 		all := orders([]string{"source", "ofA", "ofB", "of-ofA"})
+		every := 4 // each begins with another, and six of them do
 		if way == zfs.GoZFS {
-			all = [][]string{all[0], all[len(all)/2], all[len(all)-1]}
+			every = 23
 		}
 		for i, order := range all {
+			if i%every != 0 {
+				continue
+			}
 			name := fmt.Sprintf("%s, %v", way, order)
 			dataset := fmt.Sprintf("%s/%s-%d", pool, way, i)
 			s := openStore(t, way, dataset)
 			of := family(t, s)
 			for n := 0; n < len(order); {
-				gone := order[n : n+1+(i+n)%2*min(1, len(order)-n-1)]
+				gone := order[n : n+1+(i/every+n)%2*min(1, len(order)-n-1)]
 				n += len(gone)
 				remove(t, s, gone...)
 				cleanup(t, s)

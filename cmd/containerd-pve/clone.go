@@ -89,10 +89,11 @@ func (c *cloner) clone(ctx context.Context, id string, vmid int, state string, r
 	whole := context.WithoutCancel(ctx)
 	if err = ctx.Err(); err == nil {
 		_, err = containersapi.NewContainersClient(c.conn).Create(whole, &containersapi.CreateContainerRequest{Container: container})
+		err = errgrpc.ToNative(err)
 	}
 	if err != nil {
 		_, undo := snapshotsapi.NewSnapshotsClient(c.conn).Remove(whole, &snapshotsapi.RemoveSnapshotRequest{Snapshotter: kept.Snapshotter, Key: id})
-		return nil, errors.Join(fmt.Errorf("making container %s: %w", id, errgrpc.ToNative(err)), errgrpc.ToNative(undo))
+		return nil, errors.Join(fmt.Errorf("making container %s: %w", id, err), errgrpc.ToNative(undo))
 	}
 	return notes, nil
 }
@@ -118,12 +119,10 @@ func (c *cloner) lease(ctx context.Context) (_ context.Context, end func() error
 // is mounted and limited.
 func (c *cloner) prepare(ctx context.Context, kept *containersapi.Container, id, state string) error {
 	client := snapshotsapi.NewSnapshotsClient(c.conn)
-	fail := func(err error) error {
-		return fmt.Errorf("the root file system of container %s: %w", id, errgrpc.ToNative(err))
-	}
+	fail := func(err error) error { return fmt.Errorf("the root file system of container %s: %w", id, err) }
 	of, err := client.Stat(ctx, &snapshotsapi.StatSnapshotRequest{Snapshotter: kept.Snapshotter, Key: kept.SnapshotKey})
 	if err != nil {
-		return fail(err)
+		return fail(errgrpc.ToNative(err))
 	}
 	labels := maps.Clone(snapshots.FilterInheritedLabels(of.Info.Labels))
 	if labels == nil {
