@@ -357,7 +357,11 @@ func TestFailedCreation(t *testing.T) {
 	if got := keys(t, s); got != "" { // not that there is no such thing, as before the first record
 		t.Errorf("records of a new store: %s", got)
 	}
-	z.creating = func(name string) { z.datasets[name] = zfs.Properties{} } // somebody was faster
+	z.creating = func(name string) { // somebody was faster
+		z.mu.Lock()
+		defer z.mu.Unlock()
+		z.datasets[name] = zfs.Properties{}
+	}
 	if _, err := s.Prepare(ctx, "key", ""); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("prepare: %v", err)
 	}
