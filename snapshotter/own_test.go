@@ -411,6 +411,39 @@ func TestBind(t *testing.T) {
 	}
 }
 
+// TestCommittedUnmarked: a snapshot that was committed before its dataset had its mark keeps no
+// daemon from starting after a crash, and is marked then.
+func TestCommittedUnmarked(t *testing.T) {
+	ctx, z, root := context.Background(), &fake{datasets: map[string]zfs.Properties{}}, filepath.Join(t.TempDir(), "root")
+	s := start(t, z, root)
+	z.setting = func(string) error { return errdefs.ErrUnavailable }
+	var made []string
+	for _, c := range [][2]string{{"", "first"}, {"first", "second"}} {
+		m, err := s.Prepare(ctx, "key", c[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Commit(ctx, c[1], "key"); err != nil {
+			t.Fatal(err)
+		}
+		made = append(made, m[0].Source)
+	}
+	crashed := copyOf(t, root)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	z.setting = nil
+	next := start(t, z, crashed)
+	if err := next.Cleanup(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range made {
+		if mark, err := z.Property(ctx, name, propID); err != nil || parent+"/"+mark != name {
+			t.Errorf("%s: mark %s, %v", name, mark, err)
+		}
+	}
+}
+
 // TestCountedAgain: what a Commit that failed had counted is not taken for what
 // the next one has.
 func TestCountedAgain(t *testing.T) {
