@@ -25,9 +25,9 @@ import (
 
 // operation is one call to the snapshotter.
 type operation struct {
-	call string // prepare, view, commit, remove, cleanup
+	call string // prepare, view, commit, remove, cleanup; clone and state
 	key  string
-	to   string // prepare, view: the parent; commit: the new name
+	to   string // prepare, view: the parent; commit: the new name; clone: whose state
 }
 
 func (o operation) String() string { return strings.TrimSpace(o.call + " " + o.key + " " + o.to) }
@@ -38,8 +38,9 @@ type record struct {
 	parent  string
 	dataset string
 	files   map[string]string
-	guid    string // of a committed one's snapshot, whose files were read once
-	taken   bool   // active, and a crash may have left its snapshot
+	guid    string            // of a committed one's snapshot, whose files were read once
+	taken   bool              // active, and a crash may have left its snapshot
+	state   map[string]string // the files in its state
 }
 
 // world is a daemon, and what has to be in its store.
@@ -84,18 +85,36 @@ func (w *world) do(o operation) error {
 			return w.d.Commit(ctx, o.to, o.key)
 		case "remove":
 			return w.d.Remove(ctx, o.key)
+		case "state":
+			command(w.t, "zfs", "snapshot", "-o", PropTaken+"=text ", w.records[o.key].dataset+"@"+stateName)
+			return nil
+		case "clone":
+			of := w.records[o.to]
+			state := of.dataset + "@" + stateName
+			command(w.t, "zfs", "set", PropClone+"=/"+o.key, state)
+			_, err := w.d.Prepare(ctx, o.key, of.parent, snapshots.WithLabels(map[string]string{LabelCloneOf: state}))
+			return err
 		}
 		return w.d.Snapshotter.(snapshots.Cleaner).Cleanup(ctx)
 	})
 }
 
+// stateName is of the one state that a container may have here.
+const stateName = "kept"
+
 // did changes what there has to be after an operation.
 func (w *world) did(o operation) {
 	w.t.Helper()
 	switch o.call {
-	case "prepare", "view":
+	case "state":
+		w.records[o.key].state = maps.Clone(w.records[o.key].files)
+	case "prepare", "view", "clone":
 		r := &record{kind: snapshots.KindActive, parent: o.to, files: map[string]string{}}
-		if p := w.records[o.to]; p != nil {
+		switch p := w.records[o.to]; {
+		case o.call == "clone":
+			r.parent = p.parent
+			maps.Copy(r.files, p.state)
+		case p != nil:
 			maps.Copy(r.files, p.files)
 		}
 		w.records[o.key] = r
@@ -214,6 +233,9 @@ func (w *world) check(after string, records map[string]snapshots.Info) {
 		if r.kind == snapshots.KindCommitted {
 			want[r.dataset+committed] = true
 		}
+		if r.state != nil {
+			want[r.dataset+"@"+stateName] = true
+		}
 	}
 	for name := range records {
 		if w.records[name] == nil {
@@ -228,6 +250,9 @@ func (w *world) check(after string, records map[string]snapshots.Info) {
 	for line := range strings.Lines(string(out)) {
 		fields := strings.Split(strings.TrimSpace(line), "\t")
 		name := fields[0]
+		if strings.Contains(name, "@"+orphaned) {
+			continue // other clones need it, and it goes with the last
+		}
 		guids[name] = fields[1]
 		if filesystem := !strings.Contains(name, "@"); filesystem && name != w.dataset && fields[2] != filepath.Base(name) {
 			w.t.Errorf("after %s: the mark of %s is %q", after, name, fields[2])
@@ -327,6 +352,8 @@ func exhaust(t *testing.T, pool, way string) {
 	w := newWorld(t, pool, way, "each-"+way)
 	w.must(operation{"prepare", "base", ""})
 	w.must(operation{"commit", "base", "layer"})
+	w.must(operation{"prepare", "source", "layer"})
+	w.must(operation{"state", "source", ""})
 	for _, c := range []struct {
 		o    operation
 		with []operation // what goes before
@@ -337,11 +364,13 @@ func exhaust(t *testing.T, pool, way string) {
 		{o: operation{"commit", "d", "e"}, with: []operation{{"prepare", "d", "layer"}}},
 		{o: operation{"remove", "f", ""}, with: []operation{{"prepare", "f", "layer"}}},
 		{o: operation{"cleanup", "", ""}, with: []operation{{"prepare", "g", "layer"}, {"commit", "g", "h"}, {"prepare", "i", "h"}, {"remove", "i", ""}, {"remove", "h", ""}}},
+		{o: operation{"clone", "k", "source"}},
+		{o: operation{"cleanup", "l", ""}, with: []operation{{"prepare", "m", "layer"}, {"state", "m", ""}, {"clone", "l", "m"}, {"state", "l", ""}, {"remove", "m", ""}}},
 	} {
 		for n, killed := 1, true; killed && !t.Failed(); n++ {
 			named := func(o operation) operation { // each round has names of its own
 				for _, name := range []*string{&o.key, &o.to} {
-					if *name != "" && *name != "layer" {
+					if *name != "" && *name != "layer" && *name != "source" {
 						*name += strconv.Itoa(n)
 					}
 				}
@@ -361,7 +390,7 @@ func exhaust(t *testing.T, pool, way string) {
 			points++
 			w.again(o, isDone)
 			for _, key := range []string{o.key, o.to} {
-				if key != "layer" && w.records[key] != nil {
+				if key != "layer" && key != "source" && w.records[key] != nil {
 					w.must(operation{"remove", key, ""})
 				}
 			}
@@ -416,6 +445,10 @@ func random(t *testing.T, pool, way string, operations int, seed uint64) {
 			}
 			continue
 		}
+		if o.call == "state" {
+			w.must(o) // no call of the daemon's
+			continue
+		}
 		n, after := 1+rng.IntN(5), time.Duration(rng.IntN(100))*time.Millisecond
 		switch rng.IntN(4) {
 		case 0:
@@ -465,6 +498,12 @@ func (w *world) choose(rng *rand.Rand, i int) operation {
 		if p := pick(parents); p != "" {
 			return operation{"view", fmt.Sprint("view", i), p}
 		}
+	case what < 8 && len(active) > 0:
+		key := pick(active)
+		if w.records[key].state == nil {
+			return operation{call: "state", key: key}
+		}
+		return operation{"clone", fmt.Sprint("copy", i), key}
 	}
 	return operation{"prepare", fmt.Sprint("active", i), pick(parents)}
 }

@@ -138,6 +138,20 @@ func (s *snapshotter) settle(ctx context.Context) error {
 	return s.write(ctx, func(context.Context) error { return nil })
 }
 
+// recordedOrigin is what the filesystem of a record was made of, within a transaction. It may
+// have been committed before it was complete.
+func (s *snapshotter) recordedOrigin(ctx context.Context, key string) (string, error) {
+	_, info, _, err := storage.GetInfo(ctx, key)
+	if err != nil || info.Labels[LabelCloneOf] != "" {
+		return info.Labels[LabelCloneOf], err
+	}
+	if info.Parent == "" {
+		return s.origin(nil), nil
+	}
+	parent, _, _, err := storage.GetInfo(ctx, info.Parent)
+	return s.origin([]string{parent}), err
+}
+
 // dropUnfinished drops the records whose datasets a crash kept from being made,
 // and finds out which of those that were made have to be completed.
 func (s *snapshotter) dropUnfinished(ctx context.Context) error {
@@ -153,11 +167,9 @@ func (s *snapshotter) dropUnfinished(ctx context.Context) error {
 		origins = map[string]string{}
 		for _, id := range strings.Fields(ids) {
 			if key, ok := keys[id]; ok {
-				sn, err := storage.GetSnapshot(ctx, key)
-				if err != nil {
+				if origins[id], err = s.recordedOrigin(ctx, key); err != nil {
 					return err
 				}
-				origins[id] = s.origin(sn.ParentIDs)
 			}
 		}
 		return nil

@@ -64,7 +64,7 @@ func (s *snapshotter) description(id, key string) zfs.Properties {
 			}
 		}
 	}
-	describe(props, propKey, key)
+	describe(props, PropKey, key)
 	return props
 }
 

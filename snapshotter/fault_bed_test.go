@@ -44,6 +44,18 @@ func (w watched) Destroy(ctx context.Context, name string) error {
 	return w.around(true, func() error { return w.ZFS.Destroy(ctx, name) })
 }
 
+func (w watched) Rename(ctx context.Context, from, to string) error {
+	return w.around(true, func() error { return w.ZFS.Rename(ctx, from, to) })
+}
+
+func (w watched) Promote(ctx context.Context, name string) error {
+	return w.around(true, func() error { return w.ZFS.Promote(ctx, name) })
+}
+
+func (w watched) DestroyLater(ctx context.Context, snapshot string) error {
+	return w.around(true, func() error { return w.ZFS.DestroyLater(ctx, snapshot) })
+}
+
 func (w watched) DestroyAll(ctx context.Context, names []string) (failed map[string]error, err error) {
 	err = w.around(len(names) > 0, func() error { failed, err = w.ZFS.DestroyAll(ctx, names); return err })
 	return failed, err

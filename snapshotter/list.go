@@ -43,7 +43,7 @@ func Datasets(ctx context.Context, z zfs.Lister, dataset string, others ...strin
 	if err != nil {
 		return nil, err
 	}
-	properties := []string{propID, propKey, propName, propStore, propPlace, "readonly"}
+	properties := []string{propID, PropKey, propName, propStore, propPlace, "readonly"}
 	entries, err := z.Contents(ctx, dataset, properties)
 	if err != nil {
 		return nil, err
@@ -84,7 +84,7 @@ func marked(entries []zfs.Entry) []Dataset {
 	for _, e := range entries {
 		parent, _, _ := strings.Cut(e.Origin, "@")
 		d := Dataset{
-			Name: e.Name, Kind: snapshots.KindActive, Key: e.Own[propKey], Parent: parent,
+			Name: e.Name, Kind: snapshots.KindActive, Key: e.Own[PropKey], Parent: parent,
 			Created: e.Created, Used: e.Used, Referenced: e.Referenced,
 		}
 		if f, ok := final[e.Name]; ok {

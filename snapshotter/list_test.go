@@ -27,19 +27,19 @@ func smallStore() []zfs.Entry {
 		return zfs.Entry{Name: name, Snapshot: true, Own: own}
 	}
 	return []zfs.Entry{
-		made("tank/c/10", "tank/c/2@snapshot", 9, zfs.Properties{propID: "10", propKey: "k8s.io/12/web"}),
-		made("tank/c/2", "", 1, zfs.Properties{propID: "2", propKey: "default/3/extract-1 " + chainID}),
+		made("tank/c/10", "tank/c/2@snapshot", 9, zfs.Properties{propID: "10", PropKey: "k8s.io/12/web"}),
+		made("tank/c/2", "", 1, zfs.Properties{propID: "2", PropKey: "default/3/extract-1 " + chainID}),
 		final("tank/c/2@snapshot", zfs.Properties{propName: "default/4/" + chainID}),
 		final("tank/c/2@zfs-auto-snap", zfs.Properties{}),
-		made("tank/c/9", "tank/c/2@snapshot", 9, zfs.Properties{propID: "9", propKey: "default/11/first"}),
+		made("tank/c/9", "tank/c/2@snapshot", 9, zfs.Properties{propID: "9", PropKey: "default/11/first"}),
 		final("tank/c/9@zfs-auto-snap", zfs.Properties{}),
-		made("tank/c/11", "tank/c/2@snapshot", 12, zfs.Properties{propID: "11", propKey: "default/12/look", "readonly": "on"}),
+		made("tank/c/11", "tank/c/2@snapshot", 12, zfs.Properties{propID: "11", PropKey: "default/12/look", "readonly": "on"}),
 		made("tank/c/12", "", 13, zfs.Properties{propID: "12"}),                         // of an older version, active
 		made("tank/c/13", "", 14, zfs.Properties{propID: "13"}),                         // and committed
 		final("tank/c/13@snapshot", zfs.Properties{}),                                   //
-		made("tank/c/14", "", 15, zfs.Properties{propID: "14", propKey: "a\tb\x1b[2J"}), // not containerd's
+		made("tank/c/14", "", 15, zfs.Properties{propID: "14", PropKey: "a\tb\x1b[2J"}), // not containerd's
 		made("tank/c/15", "tank/c/2@snapshot", 16, zfs.Properties{propID: "10"}),        // somebody's clone of ours
-		made("tank/data/subvol-100-disk-0", "tank/c/2@snapshot", 18, zfs.Properties{propID: "16", propKey: "default/20/ct", propPlace: "tank/data/subvol-100-disk-0"}),
+		made("tank/data/subvol-100-disk-0", "tank/c/2@snapshot", 18, zfs.Properties{propID: "16", PropKey: "default/20/ct", propPlace: "tank/data/subvol-100-disk-0"}),
 		made("tank/data/subvol-101-disk-0", "tank/c/2@snapshot", 19, zfs.Properties{propID: "16", propPlace: "tank/data/subvol-100-disk-0"}), // a copy of that
 		made("tank/c/other", "", 17, zfs.Properties{}),
 	}

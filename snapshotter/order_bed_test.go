@@ -91,7 +91,7 @@ func BenchmarkClone(b *testing.B) {
 	n := 0
 	for name, props := range map[string]zfs.Properties{
 		"properties=0": nil,
-		"properties=4": {"mountpoint": "legacy", "com.sun:auto-snapshot": "false", propID: "1", propKey: "key"},
+		"properties=4": {"mountpoint": "legacy", "com.sun:auto-snapshot": "false", propID: "1", PropKey: "key"},
 	} {
 		b.Run(name, func(b *testing.B) {
 			for b.Loop() {

@@ -69,11 +69,81 @@ func (f *fake) Destroy(ctx context.Context, name string) error {
 	return nil
 }
 
+// DestroyAll leaves what a clone needs, and filesystems with snapshots.
 func (f *fake) DestroyAll(ctx context.Context, names []string) (map[string]error, error) {
+	failed := map[string]error{}
 	for _, name := range names {
+		if f.needed(name) {
+			failed[name] = errdefs.ErrFailedPrecondition
+			continue
+		}
+		origin, _ := f.Property(ctx, name, "origin")
 		_ = f.Destroy(ctx, name) // it can only be gone already
+		if later, _ := f.Property(ctx, origin, "defer_destroy"); later == "on" && !f.needed(origin) {
+			_ = f.Destroy(ctx, origin)
+		}
 	}
-	return nil, nil
+	return failed, nil
+}
+
+func (f *fake) needed(name string) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for other := range f.datasets {
+		if strings.HasPrefix(other, name+"@") {
+			return true
+		}
+	}
+	return strings.Contains(name, "@") && len(f.clones(name)) > 0
+}
+
+// clones are the filesystems whose origin is that snapshot.
+func (f *fake) clones(snapshot string) []string {
+	var all []string
+	for name, p := range f.datasets {
+		if p["origin"] == snapshot && !strings.Contains(name, "@") {
+			all = append(all, name)
+		}
+	}
+	slices.Sort(all)
+	return all
+}
+
+func (f *fake) DestroyLater(ctx context.Context, snapshot string) error {
+	if !f.needed(snapshot) {
+		_ = f.Destroy(ctx, snapshot)
+		return nil
+	}
+	return f.Set(ctx, snapshot, zfs.Properties{"defer_destroy": "on"})
+}
+
+func (f *fake) Promote(_ context.Context, name string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.datasets[name] == nil {
+		return errdefs.ErrNotFound
+	}
+	origin := f.datasets[name]["origin"]
+	from, _, _ := strings.Cut(origin, "@")
+	// Without their order all go: who tests more does so on ZFS.
+	for full := range maps.Clone(f.datasets) {
+		last, ok := strings.CutPrefix(full, from+"@")
+		if !ok {
+			continue
+		}
+		to := name + "@" + last
+		if f.datasets[to] != nil {
+			return errdefs.ErrAlreadyExists
+		}
+		for _, c := range f.clones(full) {
+			f.datasets[c]["origin"] = to
+		}
+		f.datasets[to] = f.datasets[full]
+		delete(f.datasets, full)
+	}
+	f.datasets[name]["origin"] = f.datasets[from]["origin"]
+	f.datasets[from]["origin"] = name + "@" + origin[strings.Index(origin, "@")+1:]
+	return nil
 }
 
 func (f *fake) Property(_ context.Context, name, property string) (string, error) {
@@ -112,7 +182,7 @@ func (f *fake) Taken(_ context.Context, name string, properties []string) ([]zfs
 		if !strings.HasPrefix(full, name+"@") {
 			continue
 		}
-		e := zfs.Entry{Name: full, Snapshot: true, Own: zfs.Properties{}}
+		e := zfs.Entry{Name: full, Snapshot: true, Own: zfs.Properties{}, Clones: f.clones(full)}
 		for _, p := range properties {
 			if v, there := f.datasets[full][p]; there {
 				e.Own[p] = v
@@ -169,6 +239,19 @@ func (f *fake) Rename(_ context.Context, from, to string) error {
 	}
 	f.datasets[to] = f.datasets[from]
 	delete(f.datasets, from)
+	for full := range maps.Clone(f.datasets) { // its snapshots, and their clones
+		if full == to || full != from && !strings.HasPrefix(full, from+"@") && f.datasets[full]["origin"] != from && !strings.HasPrefix(f.datasets[full]["origin"], from+"@") {
+			continue
+		}
+		p := f.datasets[full]
+		if rest, ok := strings.CutPrefix(p["origin"], from); ok {
+			p["origin"] = to + rest
+		}
+		if rest, ok := strings.CutPrefix(full, from); ok {
+			f.datasets[to+rest] = p
+			delete(f.datasets, full)
+		}
+	}
 	return nil
 }
 
@@ -274,7 +357,11 @@ func TestFailedCreation(t *testing.T) {
 	if got := keys(t, s); got != "" { // not that there is no such thing, as before the first record
 		t.Errorf("records of a new store: %s", got)
 	}
-	z.creating = func(name string) { z.datasets[name] = zfs.Properties{} } // somebody was faster
+	z.creating = func(name string) { // somebody was faster
+		z.mu.Lock()
+		defer z.mu.Unlock()
+		z.datasets[name] = zfs.Properties{}
+	}
 	if _, err := s.Prepare(ctx, "key", ""); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("prepare: %v", err)
 	}
@@ -321,6 +408,39 @@ func TestBind(t *testing.T) {
 	}
 	if _, err := z.Property(ctx, m[0].Source, ""); err != nil {
 		t.Errorf("the dataset: %v", err)
+	}
+}
+
+// TestCommittedUnmarked: a snapshot that was committed before its dataset had its mark keeps no
+// daemon from starting after a crash, and is marked then.
+func TestCommittedUnmarked(t *testing.T) {
+	ctx, z, root := context.Background(), &fake{datasets: map[string]zfs.Properties{}}, filepath.Join(t.TempDir(), "root")
+	s := start(t, z, root)
+	z.setting = func(string) error { return errdefs.ErrUnavailable }
+	var made []string
+	for _, c := range [][2]string{{"", "first"}, {"first", "second"}} {
+		m, err := s.Prepare(ctx, "key", c[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Commit(ctx, c[1], "key"); err != nil {
+			t.Fatal(err)
+		}
+		made = append(made, m[0].Source)
+	}
+	crashed := copyOf(t, root)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	z.setting = nil
+	next := start(t, z, crashed)
+	if err := next.Cleanup(ctx); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range made {
+		if mark, err := z.Property(ctx, name, propID); err != nil || parent+"/"+mark != name {
+			t.Errorf("%s: mark %s, %v", name, mark, err)
+		}
 	}
 }
 

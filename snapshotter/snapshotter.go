@@ -39,12 +39,12 @@ import (
 // The user properties of datasets.
 const (
 	propID    = "containerd-pve:id"    // of a snapshot's filesystem: its own last name
-	propKey   = "containerd-pve:key"   // of the same: the key of Prepare or View
+	PropKey   = "containerd-pve:key"   // of the same: the key of Prepare or View
 	propName  = "containerd-pve:name"  // of its @snapshot: the name of Commit
 	propStore = "containerd-pve:store" // of the parent dataset, and of one with a place of its own: whose it is
 	propPlace = "containerd-pve:place" // of the latter: its own name
 	// PropTaken is of a snapshot that template/state took of a container's filesystem;
-	// it goes with that.
+	// it goes with that. Empty: that is gone, and only clones need it.
 	PropTaken = "containerd-pve:state"
 	// maxProperty is the longest value that ZFS takes (ZAP_MAXVALUELEN, with its NUL).
 	maxProperty = 8191
@@ -289,6 +289,14 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	if err := checkMapping(info.Labels); err != nil {
 		return nil, err
 	}
+	of, err := s.checkClone(ctx, kind, key, info.Labels)
+	if err != nil {
+		return nil, err
+	}
+	if of != "" {
+		s.placing.Lock() // what it is made of keeps its name
+		defer s.placing.Unlock()
+	}
 	own := zfs.Properties{}
 	if kind == snapshots.KindView {
 		own["readonly"] = "on"
@@ -299,7 +307,10 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		own["refquota"] = v
 	}
 	var sn storage.Snapshot
-	err := s.write(ctx, func(ctx context.Context) (err error) {
+	err = s.write(ctx, func(ctx context.Context) (err error) {
+		if err := s.checkSource(ctx, of, key, parent); err != nil {
+			return err
+		}
 		sn, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...)
 		if err == nil {
 			s.creating.begin(sn.ID)
@@ -310,20 +321,26 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		s.creating.end(sn.ID)
 		return nil, fmt.Errorf("recording snapshot %s: %w", key, err)
 	}
-	props, origin := s.description(sn.ID, key), s.origin(sn.ParentIDs)
+	props, origin := s.description(sn.ID, key), cmp.Or(of, s.origin(sn.ParentIDs))
 	// What has to wait for a property anyway gets all of them at once.
-	hasty := s.hasty && len(own) == 0
+	hasty := s.hasty && len(own) == 0 && of == ""
 	if !hasty {
 		maps.Copy(own, props)
 	}
-	if len(sn.ParentIDs) == 0 {
+	switch {
+	case of != "":
+		err = s.zfs.Clone(ctx, of, s.name(sn.ID), own)
+	case len(sn.ParentIDs) == 0:
 		maps.Copy(own, anyName)
 		err = s.lostRoot(s.zfs.Create(ctx, s.name(sn.ID), own))
-	} else {
+	default:
 		err = s.lost(ctx, s.zfs.Clone(ctx, origin, s.name(sn.ID), own), sn.ParentIDs[0], parent)
 	}
 	if err != nil {
-		err = fmt.Errorf("making %s for snapshot %s: %w", s.name(sn.ID), key, s.tooSmall(ctx, err, sn, own["refquota"]))
+		err = fmt.Errorf("making %s for snapshot %s: %w", s.name(sn.ID), key, s.tooSmall(ctx, err, origin, own["refquota"]))
+		if of != "" {
+			origin = anyOrigin // that may be renamed before it is asked for
+		}
 		if errdefs.IsAlreadyExists(err) {
 			s.creating.end(sn.ID) // it is somebody's
 		} else {
@@ -345,11 +362,11 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 
 // tooSmall says when it was the limit that failed, because the parent is beyond it:
 // ZFS calls that "out of space".
-func (s *snapshotter) tooSmall(ctx context.Context, err error, sn storage.Snapshot, limit string) error {
-	if limit == "" || len(sn.ParentIDs) == 0 || ctx.Err() != nil {
+func (s *snapshotter) tooSmall(ctx context.Context, err error, origin, limit string) error {
+	if limit == "" || origin == zfs.Unset || ctx.Err() != nil {
 		return err
 	}
-	space, serr := s.zfs.Space(ctx, s.name(sn.ParentIDs[0])+committed)
+	space, serr := s.zfs.Space(ctx, origin)
 	if n, perr := strconv.ParseInt(limit, 10, 64); serr != nil || perr != nil || space.Referenced <= n {
 		return err
 	}
@@ -481,34 +498,6 @@ func (s *snapshotter) Remove(ctx context.Context, key string) error {
 	return err
 }
 
-// destroyTaken tries again what failed, where snapshots of the containers' state
-// are in the way, and answers what still does.
-func (s *snapshotter) destroyTaken(ctx context.Context, victims []string, failed map[string]error) (map[string]error, error) {
-	var again []string
-	some := false
-	for _, name := range victims {
-		if failed[name] == nil {
-			continue
-		}
-		if !strings.Contains(name, "@") {
-			all, err := s.zfs.Taken(ctx, name, []string{PropTaken})
-			if err != nil && !errdefs.IsNotFound(err) {
-				return failed, err
-			}
-			for _, e := range all {
-				if _, ours := e.Own[PropTaken]; ours {
-					again, some = append(again, e.Name), true
-				}
-			}
-		}
-		again = append(again, name)
-	}
-	if !some {
-		return failed, nil
-	}
-	return s.zfs.DestroyAll(ctx, again)
-}
-
 // Cleanup destroys the marked datasets that no record names. What is in use is
 // logged and left to the next call.
 func (s *snapshotter) Cleanup(ctx context.Context) error {
@@ -572,7 +561,7 @@ func (s *snapshotter) Cleanup(ctx context.Context) error {
 	}
 	failed, err := s.zfs.DestroyAll(ctx, victims)
 	if err == nil && len(failed) > 0 {
-		failed, err = s.destroyTaken(ctx, victims, failed)
+		failed, err = s.destroyTaken(ctx, victims, failed, live)
 	}
 	left := 0
 	for _, n := range ids {

@@ -152,9 +152,13 @@ func (d *disks) Drop(ctx context.Context, dataset string, snapshots []string) er
 	}
 	failed, err := d.zfs.DestroyAll(ctx, names)
 	for name, f := range failed {
-		if !errdefs.IsNotFound(f) {
-			err = errors.Join(err, fmt.Errorf("destroying %s: %w", name, f))
+		if errdefs.IsNotFound(f) {
+			continue
 		}
+		if taken, perr := d.zfs.Property(ctx, name, snapshotter.PropTaken); perr == nil && taken != zfs.Unset {
+			continue // a clone needs it: it goes with the dataset, which the snapshotter sees to
+		}
+		err = errors.Join(err, fmt.Errorf("destroying %s: %w", name, f))
 	}
 	return err
 }

@@ -127,23 +127,10 @@ func named(datasets []snapshotter.Dataset) []snapshot {
 			Dataset: d.Name, Kind: strings.ToLower(d.Kind.String()), Key: d.Key, Parent: d.Parent,
 			Used: d.Used, Referenced: d.Referenced, Created: d.Created,
 		}
-		s.Namespace, s.Name = splitKey(d.Key)
+		s.Namespace, s.Name = snapshotter.SplitKey(d.Key)
 		list = append(list, s)
 	}
 	return list
-}
-
-// splitKey takes containerd's "namespace/number/name" apart. What is not of that
-// form came from somebody else, and is a name.
-func splitKey(key string) (namespace, name string) {
-	if namespace, rest, ok := strings.Cut(key, "/"); ok {
-		if number, name, ok := strings.Cut(rest, "/"); ok {
-			if _, err := strconv.ParseUint(number, 10, 64); err == nil {
-				return namespace, name
-			}
-		}
-	}
-	return "", key
 }
 
 func printSnapshots(w io.Writer, format string, list []snapshot, now time.Time) error {

@@ -92,7 +92,7 @@ func TestSplitKey(t *testing.T) {
 		"default/12/sha256:1": {"default", "sha256:1"}, "default/12/a/b": {"default", "a/b"}, "default/x/a": {"", "default/x/a"},
 		"a": {"", "a"}, "": {"", ""}, "a/1": {"", "a/1"}, "default/12/": {"default", ""},
 	} {
-		if n, name := splitKey(key); n != want[0] || name != want[1] {
+		if n, name := snapshotter.SplitKey(key); n != want[0] || name != want[1] {
 			t.Errorf("%q: %q, %q", key, n, name)
 		}
 	}

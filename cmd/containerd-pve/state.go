@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"os"
 	"strconv"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -26,6 +27,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
+	"github.com/containerd-pve/containerd-pve/lxc/pve"
 	"github.com/containerd-pve/containerd-pve/lxc/pve/registry"
 	"github.com/containerd-pve/containerd-pve/snapshotter/compare"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
@@ -205,12 +207,19 @@ type stateTool struct {
 	path, address, namespace string
 }
 
+// opened is what a command on a container works with.
+type opened struct {
+	*state.Store
+	of     state.Container
+	cloner *cloner
+	node   *pve.Node // nil where there is no Proxmox
+	end    func()
+}
+
 // open finds the container, and what its state is kept with. Errors: NotFound;
 // FailedPrecondition, its root file system is not on our snapshotter.
-func (s *stateTool) open(ctx context.Context, set bool, name string) (_ context.Context, _ *state.Store, _ state.Container, end func(), err error) {
-	fail := func(err error) (context.Context, *state.Store, state.Container, func(), error) {
-		return nil, nil, state.Container{}, nil, err
-	}
+func (s *stateTool) open(ctx context.Context, set bool, name string) (_ context.Context, _ *opened, err error) {
+	fail := func(err error) (context.Context, *opened, error) { return nil, nil, err }
 	conf, err := readConfig(s.path, set)
 	if err != nil {
 		return fail(err)
@@ -261,7 +270,7 @@ func (s *stateTool) open(ctx context.Context, set bool, name string) (_ context.
 	if node != nil {
 		store.Confs = node
 	}
-	return ctx, store, c, func() { _ = errors.Join(z.Close(), conn.Close()) }, nil
+	return ctx, &opened{store, c, &cloner{conn, z}, node, func() { _ = errors.Join(z.Close(), conn.Close()) }}, nil
 }
 
 // find is a container by its id, or by its VMID.
@@ -291,18 +300,18 @@ type stateAction func(ctx context.Context, store *state.Store, c state.Container
 
 // stateCommands are those on snapshots of containers.
 func stateCommands() []*cobra.Command {
-	var s stateTool
+	s := &stateTool{}
 	var description, format string
 	var force bool
 	const container = "CONTAINER is its id, or its VMID on a node of Proxmox."
 	with := func(f stateAction) func(*cobra.Command, []string) error {
 		return func(c *cobra.Command, args []string) error {
-			ctx, store, of, end, err := s.open(c.Context(), c.Flags().Changed("config"), args[len(args)-1])
+			ctx, o, err := s.open(c.Context(), c.Flags().Changed("config"), args[len(args)-1])
 			if err != nil {
 				return err
 			}
-			defer end()
-			return f(ctx, store, of, args, c.OutOrStdout())
+			defer o.end()
+			return f(ctx, o.Store, o.of, args, c.OutOrStdout())
 		}
 	}
 	listing := func(f stateAction) func(*cobra.Command, []string) error {
@@ -365,7 +374,7 @@ func stateCommands() []*cobra.Command {
 			return store.Remove(ctx, c, args[0])
 		}),
 	}
-	all := []*cobra.Command{take, list, diff, rollback, remove}
+	all := []*cobra.Command{take, list, diff, rollback, s.cloneCommand(container), remove}
 	for _, c := range all {
 		f := c.Flags()
 		f.StringVarP(&s.path, "config", "c", defaultConfig, "configuration `file`")
@@ -383,9 +392,9 @@ func printStates(w io.Writer, format string, all []state.Snapshot) error {
 		return printJSON(w, all)
 	}
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(t, "NAME\tCREATED\tUSED\tREFERENCED\tDESCRIPTION")
+	fmt.Fprintln(t, "NAME\tCREATED\tUSED\tREFERENCED\tCLONES\tDESCRIPTION")
 	for _, s := range all {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", cell(s.Name), s.Created.Local().Format(time.DateTime), units.BytesSize(float64(s.Used)), units.BytesSize(float64(s.Referenced)), cell(s.Description))
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\n", cell(s.Name), s.Created.Local().Format(time.DateTime), units.BytesSize(float64(s.Used)), units.BytesSize(float64(s.Referenced)), cell(strings.Join(s.Clones, ", ")), cell(s.Description))
 	}
 	return t.Flush()
 }

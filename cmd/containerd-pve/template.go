@@ -184,7 +184,7 @@ func (m *templateMaker) image(ctx context.Context, name string) (template.Image,
 		return i, err
 	}
 	for _, d := range layers {
-		if namespace, key := splitKey(d.Key); namespace == m.namespace && key == chain.String() && d.Committed() != "" {
+		if namespace, key := snapshotter.SplitKey(d.Key); namespace == m.namespace && key == chain.String() && d.Committed() != "" {
 			i.Layer = d.Committed()
 		}
 	}

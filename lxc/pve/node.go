@@ -82,6 +82,30 @@ func (n *Node) conf(vmid int) string {
 	return filepath.Join(n.Root, "lxc", strconv.Itoa(vmid)+".conf")
 }
 
+func checkVMID(vmid int) error {
+	if vmid < minVMID || vmid > maxVMID {
+		return fmt.Errorf("VMID %d is not from %d to %d: %w", vmid, minVMID, maxVMID, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+func taken(vmid int, err error) error {
+	return fmt.Errorf("VMID %d is taken (`pvesh get /cluster/resources --type vm` lists the guests): %w: %w", vmid, err, errdefs.ErrAlreadyExists)
+}
+
+// Free says whether a VMID can be had now. Errors: InvalidArgument, it is none;
+// AlreadyExists; Unavailable.
+func (n *Node) Free(vmid int) error {
+	if err := checkVMID(vmid); err != nil {
+		return err
+	}
+	at, err := n.Where(vmid)
+	if err == nil && at != "" {
+		err = taken(vmid, fmt.Errorf("node %s has it: %w", at, os.ErrExist))
+	}
+	return err
+}
+
 // Register reserves a VMID and writes its conf, which of makes for it: want, or the
 // first that is free if want is 0. The reservation is the conf's own creation,
 // which the cluster's filesystem refuses if any node has a guest of that number; so no two
@@ -89,12 +113,12 @@ func (n *Node) conf(vmid int) string {
 // no VMID; ResourceExhausted, none of the range is free; Unavailable, the cluster has no quorum.
 func (n *Node) Register(ctx context.Context, want int, of func(vmid int) (*Conf, error)) (int, error) {
 	if want != 0 {
-		if want < minVMID || want > maxVMID {
-			return 0, fmt.Errorf("VMID %d is not from %d to %d: %w", want, minVMID, maxVMID, errdefs.ErrInvalidArgument)
+		if err := checkVMID(want); err != nil {
+			return 0, err
 		}
 		err := n.create(want, of)
 		if errors.Is(err, os.ErrExist) {
-			err = fmt.Errorf("VMID %d is taken (`pvesh get /cluster/resources --type vm` lists the guests): %w: %w", want, err, errdefs.ErrAlreadyExists)
+			err = taken(want, err)
 		}
 		return want, err
 	}

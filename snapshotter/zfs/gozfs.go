@@ -170,6 +170,30 @@ func (goZFS) Destroy(ctx context.Context, name string) error {
 	return explained(ctx, err, name, "in use")
 }
 
+// DestroyLater is `zfs destroy -d`.
+func (goZFS) DestroyLater(ctx context.Context, snapshot string) error {
+	err := do(ctx, "destroy", snapshot, func() error {
+		return (&zfs.Dataset{Name: snapshot}).Destroy(zfs.DestroyDeferDeletion)
+	})
+	if err = explained(ctx, err, snapshot, "in use"); errdefs.IsNotFound(err) {
+		return nil
+	}
+	return err
+}
+
+// Promote runs the zfs program: go-zfs has no such call.
+func (goZFS) Promote(ctx context.Context, name string) error {
+	processes.Add(1)
+	out, err := exec.CommandContext(ctx, "zfs", "promote", name).CombinedOutput()
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, exec.ErrNotFound):
+		return notInstalled("zfs")
+	}
+	return explained(ctx, fmt.Errorf("promote %s: %s (%w)", name, strings.TrimSpace(string(out)), err), name, "both have a snapshot of the same name, or it is no clone")
+}
+
 func (goZFS) Rollback(ctx context.Context, snapshot string) error {
 	err := do(ctx, "rollback to", snapshot, func() error {
 		return (&zfs.Dataset{Name: snapshot, Type: zfs.DatasetSnapshot}).Rollback(false)

@@ -22,7 +22,9 @@ type Entry struct {
 	Name     string
 	Snapshot bool
 	Origin   string // the snapshot that a clone was made of
-	Created  time.Time
+	// Clones are the filesystems that were made of a snapshot.
+	Clones  []string
+	Created time.Time
 	// Txg is the transaction group it was made in: it sorts what one second made.
 	Txg              uint64
 	Used, Referenced int64
@@ -80,7 +82,7 @@ func listed(d *Dataset, properties []string) (Entry, error) {
 	if err != nil {
 		return e, err
 	}
-	e.Snapshot, e.Origin = d.Snapshot, d.Origin
+	e.Snapshot, e.Origin, e.Clones = d.Snapshot, d.Origin, d.clones()
 	for _, p := range properties {
 		if own(d, p) {
 			e.Own[p] = d.Property(p)
@@ -170,7 +172,7 @@ func (goZFS) Taken(ctx context.Context, name string, properties []string) ([]Ent
 }
 
 func getBelow(ctx context.Context, parent, depth, types string, properties []string) (string, error) {
-	asked := append(strings.Split("type,origin,"+numeric, ","), properties...)
+	asked := append(strings.Split("type,origin,clones,"+numeric, ","), properties...)
 	cmd := exec.CommandContext(ctx, "zfs", "get", "-Hp", depth, "-t", types,
 		"-o", "name,property,source,value", strings.Join(asked, ","), parent)
 	var stderr bytes.Buffer
@@ -229,6 +231,10 @@ func parseGet(out, parent, mark string, properties []string) ([]Entry, error) {
 		e.Snapshot = found[name]["type"].value == "snapshot"
 		if o := found[name]["origin"].value; o != Unset {
 			e.Origin = o
+		}
+		if c := found[name]["clones"].value; c != "" && c != Unset {
+			e.Clones = strings.Split(c, ",")
+			slices.Sort(e.Clones)
 		}
 		for _, p := range properties {
 			if v := found[name][p]; slices.Contains([]string{"local", "received"}, v.source) {

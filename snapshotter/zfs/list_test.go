@@ -18,6 +18,7 @@ const getOutput = "tank/c\ttype\t-\tfilesystem\n" +
 	"tank/c\tx:key\tlocal\tof the parent\n" +
 	"tank/c/1\ttype\t-\tfilesystem\n" +
 	"tank/c/1\torigin\t-\t-\n" +
+	"tank/c/1\tclones\t-\t-\n" +
 	"tank/c/1\tcreation\t-\t1764038000\n" +
 	"tank/c/1\tcreatetxg\t-\t12\n" +
 	"tank/c/1\tused\t-\t100\n" +
@@ -26,6 +27,7 @@ const getOutput = "tank/c\ttype\t-\tfilesystem\n" +
 	"tank/c/1\tx:name\tinherited from tank/c\tnot its own\n" +
 	"tank/c/1@s\ttype\t-\tsnapshot\n" +
 	"tank/c/1@s\torigin\t-\t-\n" +
+	"tank/c/1@s\tclones\t-\ttank/c/2,tank/b\n" +
 	"tank/c/1@s\tcreation\t-\t1764038001\n" +
 	"tank/c/1@s\tcreatetxg\t-\t13\n" +
 	"tank/c/1@s\tused\t-\t0\n" +
@@ -50,7 +52,7 @@ func TestParseGet(t *testing.T) {
 	at := func(s int64) time.Time { return time.Unix(1764038000+s, 0).UTC() }
 	want := []Entry{
 		{Name: "tank/c/1", Created: at(0), Txg: 12, Used: 100, Referenced: 90, Own: Properties{"x:key": "a key\twith a tab\nand a line break"}},
-		{Name: "tank/c/1@s", Snapshot: true, Created: at(1), Txg: 13, Referenced: 90, Own: Properties{"x:name": "n"}},
+		{Name: "tank/c/1@s", Snapshot: true, Clones: []string{"tank/b", "tank/c/2"}, Created: at(1), Txg: 13, Referenced: 90, Own: Properties{"x:name": "n"}},
 		{Name: "tank/c/2", Origin: "tank/c/1@s", Created: at(2), Txg: 14, Used: 8192, Referenced: 98, Own: Properties{}},
 	}
 	same(t, got, want)

@@ -181,6 +181,11 @@ func (n *Native) DestroySnapshots(ctx context.Context, names []string, later boo
 	return each("destroy", answer, dependents("destroy", names[0], err), dependents)
 }
 
+// DestroyLater has a snapshot destroyed as soon as nothing needs it. See ZFS.
+func (n *Native) DestroyLater(ctx context.Context, snapshot string) error {
+	return n.DestroySnapshots(ctx, []string{snapshot}, true)
+}
+
 // Rollback takes the filesystem back to its latest snapshot, which has to be
 // that one: name is dataset@snapshot.
 func (n *Native) Rollback(ctx context.Context, name string) error {
@@ -320,6 +325,13 @@ func (d *Dataset) mountpoint() string {
 		return v
 	}
 	return path.Join(v, rest)
+}
+
+// clones are the filesystems that were made of a snapshot.
+func (d *Dataset) clones() []string {
+	entry, _ := d.properties["clones"].(nvlist.List)
+	names, _ := entry["value"].(nvlist.List)
+	return slices.Sorted(maps.Keys(names))
 }
 
 func described(c *command, properties nvlist.List) *Dataset {

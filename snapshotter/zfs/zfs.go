@@ -38,8 +38,13 @@ type ZFS interface {
 	Clone(ctx context.Context, snapshot, name string, props Properties) error
 	// Snapshot takes dataset@snapshot, with user properties.
 	Snapshot(ctx context.Context, name string, props Properties) error
-	// Rename gives a filesystem another name within its pool; the new parent exists.
+	// Rename gives a filesystem another name within its pool, whose parent exists, or
+	// a snapshot another among those of its filesystem.
 	Rename(ctx context.Context, from, to string) error
+	// Promote makes a clone independent of its origin, which becomes a clone of it; the
+	// snapshots that both have in their past are the clone's from then on. AlreadyExists: it has one
+	// of the same name.
+	Promote(ctx context.Context, name string) error
 	// Destroy removes exactly one filesystem or snapshot, never what depends on it.
 	Destroy(ctx context.Context, name string) error
 	// DestroyAll removes filesystems and snapshots of one pool in their order, with
@@ -47,6 +52,9 @@ type ZFS interface {
 	// does not stop the others: failed has an error for each that is still there,
 	// and none for what was not there. err ends it: no more can be tried now.
 	DestroyAll(ctx context.Context, names []string) (failed map[string]error, err error)
+	// DestroyLater has a snapshot destroyed as soon as nothing needs it any more, which
+	// may be now. One that is not there is no error.
+	DestroyLater(ctx context.Context, snapshot string) error
 	// Property is the value of a property in the words of `zfs get`, or Unset.
 	Property(ctx context.Context, name, property string) (string, error)
 	// Set sets properties.

@@ -45,6 +45,8 @@ type Snapshot struct {
 	Foreign bool `json:"foreign"`
 	// Image is the container's then; empty if another took the snapshot.
 	Image string `json:"image"`
+	// Clones are the containers that were made of it; of what is no container's the dataset.
+	Clones []string `json:"clones"`
 	// own are its properties.
 	own zfs.Properties
 	// begun is one to which a rollback began and did not end.
@@ -62,6 +64,7 @@ const jobBack = "rollback"
 type ZFS interface {
 	Taken(ctx context.Context, name string, properties []string) ([]zfs.Entry, error)
 	Snapshot(ctx context.Context, name string, props zfs.Properties) error
+	Property(ctx context.Context, name, property string) (string, error)
 	Set(ctx context.Context, name string, props zfs.Properties) error
 	Rollback(ctx context.Context, snapshot string) error
 	DestroyAll(ctx context.Context, names []string) (failed map[string]error, err error)
@@ -183,11 +186,20 @@ func (s *Store) taken(ctx context.Context, c Container, conf *pve.Conf) ([]Snaps
 	for _, e := range entries {
 		_, name, _ := strings.Cut(e.Name, "@")
 		text, ours := e.Own[snapshotter.PropTaken]
+		if ours && text == "" {
+			continue // of a container that is gone
+		}
 		if ours && conf != nil && !slices.Contains(conf.Snapshots(), name) {
-			left = append(left, e.Name)
+			if len(e.Clones) == 0 { // else it is destroyed when these are gone
+				left = append(left, e.Name)
+			}
 			continue
 		}
-		all = append(all, Snapshot{Name: name, Description: strings.TrimSuffix(text, " "), Created: e.Created, Used: e.Used, Referenced: e.Referenced, Foreign: !ours, Image: e.Own[propImage], own: e.Own, begun: e.Own[propBack] != ""})
+		clones, err := s.containersOf(ctx, e.Clones)
+		if err != nil {
+			return nil, fmt.Errorf("the clones of %s: %w", e.Name, err)
+		}
+		all = append(all, Snapshot{Name: name, Description: strings.TrimSuffix(text, " "), Created: e.Created, Used: e.Used, Referenced: e.Referenced, Foreign: !ours, Image: e.Own[propImage], Clones: clones, own: e.Own, begun: e.Own[propBack] != ""})
 	}
 	if len(left) == 0 {
 		return all, nil
@@ -197,6 +209,25 @@ func (s *Store) taken(ctx context.Context, c Container, conf *pve.Conf) ([]Snaps
 		err = errors.Join(err, e)
 	}
 	return all, err
+}
+
+// containersOf are the containers that clones are of.
+func (s *Store) containersOf(ctx context.Context, clones []string) ([]string, error) {
+	all := []string{}
+	for _, c := range clones {
+		key, err := s.ZFS.Property(ctx, c, snapshotter.PropKey)
+		if errdefs.IsNotFound(err) {
+			continue // destroyed meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		if _, name := snapshotter.SplitKey(key); key != zfs.Unset && name != key {
+			c = name
+		}
+		all = append(all, c)
+	}
+	return all, nil
 }
 
 func index(all []Snapshot, name string) int {
@@ -241,6 +272,34 @@ func names(all []Snapshot) string {
 	return strings.Join(list, ", ")
 }
 
+// uncloned refuses a snapshot that clones need.
+func (n Snapshot) uncloned(c Container) error {
+	if len(n.Clones) == 0 {
+		return nil
+	}
+	return fmt.Errorf("snapshot %s of container %s is what others were cloned from (%s): remove these first, or the container: %w", n.Name, c.ID, strings.Join(n.Clones, ", "), errdefs.ErrFailedPrecondition)
+}
+
+// Clone calls make for a snapshot that one of containerd-pve's is, and with what containerd
+// knew of the container then; nothing changes in its snapshots meanwhile on a node of Proxmox.
+// Errors: NotFound; FailedPrecondition, another took it; those of make.
+func (s *Store) Clone(ctx context.Context, c Container, name string, clone func(snapshot string, record []byte) error) error {
+	return s.locked(ctx, c, func(conf *pve.Conf) error {
+		all, i, err := s.find(ctx, c, conf, name)
+		if err != nil {
+			return err
+		}
+		config, err := decode(all[i].own)
+		if err != nil {
+			return fmt.Errorf("snapshot %s of container %s: %w", name, c.ID, err)
+		}
+		if all[i].Foreign || config == nil {
+			return fmt.Errorf("snapshot %s of container %s is none of containerd-pve's, and says nothing of its configuration (`containerd-pve container snapshot` takes one that does): %w", name, c.ID, errdefs.ErrFailedPrecondition)
+		}
+		return clone(c.Dataset+"@"+name, config.Record)
+	})
+}
+
 // Rollback takes a container back to a snapshot, root file system and
 // configuration: its task is stopped, and another started if it ran. Newer snapshots are lost by
 // it, and so it is refused where there are some unless force is set; those that another took are
@@ -273,6 +332,9 @@ func (s *Store) Rollback(ctx context.Context, c Container, name string, force bo
 			return fmt.Errorf("container %s has newer snapshots than %s, which a rollback destroys (%s): --force if it may: %w", c.ID, name, names(newer), errdefs.ErrFailedPrecondition)
 		}
 		for _, n := range newer {
+			if err := n.uncloned(c); err != nil {
+				return err
+			}
 			if n.Foreign {
 				return fmt.Errorf("snapshot %s of container %s is newer than %s and none of containerd-pve's: destroy it with what took it (`pct delsnapshot`, `zfs destroy`): %w", n.Name, c.ID, name, errdefs.ErrFailedPrecondition)
 			}
@@ -378,6 +440,9 @@ func (s *Store) Remove(ctx context.Context, c Container, name string) error {
 		}
 		if all[i].Foreign {
 			return fmt.Errorf("snapshot %s of container %s is none of containerd-pve's: destroy it with what took it (`pct delsnapshot`, `zfs destroy`): %w", name, c.ID, errdefs.ErrFailedPrecondition)
+		}
+		if err := all[i].uncloned(c); err != nil {
+			return err
 		}
 		if err := s.destroy(ctx, c, name); err != nil || conf == nil {
 			return err

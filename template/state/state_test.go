@@ -23,10 +23,11 @@ type host struct {
 	conf   *pve.Conf
 	log    []string
 	fail   map[string]error
-	pinned string // a snapshot that a clone needs
-	files  string // the snapshot that the files are of
-	config string // what containerd knows of it
-	left   int    // steps until the end of this process; 0: none
+	pinned string            // a snapshot that a clone needs
+	files  string            // the snapshot that the files are of
+	config string            // what containerd knows of it
+	keys   map[string]string // of datasets
+	left   int               // steps until the end of this process; 0: none
 }
 
 type crash struct{}
@@ -44,6 +45,13 @@ func (h *host) did(format string, args ...any) error {
 
 func (h *host) Taken(context.Context, string, []string) ([]zfs.Entry, error) {
 	return slices.Clone(h.taken), nil
+}
+
+func (h *host) Property(_ context.Context, name, _ string) (string, error) {
+	if key, there := h.keys[name]; there {
+		return key, nil
+	}
+	return zfs.Unset, nil
 }
 
 func (h *host) Snapshot(_ context.Context, name string, props zfs.Properties) error {
@@ -234,6 +242,59 @@ func TestProxmox(t *testing.T) {
 		}
 	}
 	isSteps(t, h, "")
+}
+
+// TestClone: what clones need stays, and is named by the containers they are of.
+func TestClone(t *testing.T) {
+	ctx := t.Context()
+	h := &host{conf: pve.Parse([]byte("memory: 64\n")), config: "of then", keys: map[string]string{"tank/c/9": "default/12/copy"}}
+	s := store(h)
+	for _, name := range []string{"one", "two"} {
+		if err := s.Take(ctx, ct, name, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	h.config = "of now"
+	h.steps()
+	var made []string
+	note := func(snapshot string, record []byte) error {
+		made = append(made, snapshot, string(record))
+		return nil
+	}
+	if err := s.Clone(ctx, ct, "one", note); err != nil || !slices.Equal(made, []string{ct.Dataset + "@one", "of then"}) {
+		t.Errorf("%v, %v", made, err)
+	}
+	no := errors.New("no")
+	if err := s.Clone(ctx, ct, "one", func(string, []byte) error { return no }); !errors.Is(err, no) {
+		t.Error(err)
+	}
+	h.taken = append(h.taken, zfs.Entry{Name: ct.Dataset + "@theirs", Own: zfs.Properties{}})
+	if err := s.Clone(ctx, ct, "theirs", note); !errdefs.IsFailedPrecondition(err) {
+		t.Errorf("another's: %v", err)
+	}
+	if err := s.Clone(ctx, ct, "none", note); !errdefs.IsNotFound(err) {
+		t.Error(err)
+	}
+	h.taken = h.taken[:2]
+	h.steps()
+	h.taken[1].Clones = []string{"tank/c/9", "tank/somebodys"}
+	for _, err := range []error{s.Remove(ctx, ct, "two"), s.Rollback(ctx, ct, "one", true)} {
+		if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "(copy, tank/somebodys)") {
+			t.Error(err)
+		}
+	}
+	isSteps(t, h, "")
+	// Proxmox's tools may take the section away all the same; and it may be of a container that is gone.
+	h.conf.RemoveSnapshot("two")
+	h.taken = append(h.taken, zfs.Entry{Name: ct.Dataset + "@containerd-pve-7", Own: zfs.Properties{snapshotter.PropTaken: ""}})
+	if err := s.Take(ctx, ct, "three", ""); err != nil {
+		t.Error(err)
+	}
+	isSteps(t, h, "pause; snapshot tank/data/subvol-100-disk-0@three; resume; conf")
+	all, err := s.List(ctx, plain)
+	if err != nil || names(all) != "one, two, three" || !slices.Equal(all[1].Clones, []string{"copy", "tank/somebodys"}) {
+		t.Errorf("%+v, %v", all, err)
+	}
 }
 
 // TestFailures: what runs goes on, and nothing is half done.
