@@ -484,6 +484,7 @@ func templateCommand() *cobra.Command {
 		}
 		c.AddCommand(sub)
 	}
+	c.AddCommand(exportCommand())
 	return c
 }
 
