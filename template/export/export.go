@@ -53,7 +53,7 @@ type document struct {
 func Find(ctx context.Context, store Store, i Image) (ocispec.Descriptor, error) {
 	info, err := store.Info(ctx, i.Digest)
 	if err != nil {
-		return ocispec.Descriptor{}, fmt.Errorf("%s of image %s: %w", i.Digest, i.Name, err)
+		return ocispec.Descriptor{}, fmt.Errorf("image %s: %w", i.Name, err)
 	}
 	found, err := find(ctx, store, ocispec.Descriptor{Digest: i.Digest, Size: info.Size}, digest.FromBytes(i.Config))
 	if err != nil {
@@ -68,7 +68,7 @@ func find(ctx context.Context, store Store, d ocispec.Descriptor, config digest.
 	var doc document
 	blob, err := content.ReadBlob(ctx, store, d)
 	if err != nil {
-		return d, fmt.Errorf("%s: %w", d.Digest, err)
+		return d, err
 	}
 	if err := json.Unmarshal(blob, &doc); err != nil {
 		return d, fmt.Errorf("%s: %w: %w", d.Digest, err, errdefs.ErrDataLoss)
@@ -89,7 +89,7 @@ func find(ctx context.Context, store Store, d ocispec.Descriptor, config digest.
 	}
 	for _, part := range append([]ocispec.Descriptor{*doc.Config}, doc.Layers...) {
 		if _, err := store.Info(ctx, part.Digest); err != nil {
-			return d, fmt.Errorf("%s of manifest %s: %w", part.Digest, d.Digest, err)
+			return d, fmt.Errorf("manifest %s: %w", d.Digest, err)
 		}
 	}
 	if d.MediaType == "" {
