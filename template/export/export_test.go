@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -447,5 +448,33 @@ func TestFlat(t *testing.T) {
 	}
 	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
 		t.Errorf("%v, %v", left, err)
+	}
+}
+
+// TestFlatForOthers: skopeo copies it, and umoci unpacks it to the same files.
+func TestFlatForOthers(t *testing.T) {
+	for _, program := range []string{"skopeo", "umoci"} {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skip(err)
+		}
+	}
+	root := treeOf(t)
+	_, i, _ := imageIn(t)
+	dir := t.TempDir()
+	in := func(name string) string { return filepath.Join(dir, name) }
+	must(t, ToFile(t.Context(), in("web.tar"), false, func(w io.Writer) error {
+		_, err := Flat(t.Context(), w, root, dir, i)
+		return err
+	}))
+	for _, argv := range [][]string{
+		{"skopeo", "--insecure-policy", "copy", "oci-archive:" + in("web.tar"), "oci:" + in("layout") + ":web"}, {"umoci", "unpack", "--image", in("layout") + ":web", in("bundle")},
+	} {
+		if out, err := run(nil, argv...); err != nil {
+			t.Fatalf("%q: %v: %s", argv, err, out)
+		}
+	}
+	want, got := look(t, root.Name(), "/socket", "/.containerd-pve"), look(t, in("bundle/rootfs"))
+	if d := cmp.Diff(want, got); d != "" {
+		t.Error(d)
 	}
 }
