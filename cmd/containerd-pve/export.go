@@ -251,7 +251,7 @@ func shellWord(s string) string {
 }
 
 // bootText is what Proxmox is to be told so that what is made of the tarball boots
-// as what is cloned of the template.
+// as what is cloned of the template. It may be another node, with storages of its own.
 func bootText(d template.Details, file string) string {
 	conf := pve.Parse([]byte(d.Conf))
 	if file == streaming {
@@ -266,10 +266,9 @@ func bootText(d template.Details, file string) string {
 		}
 	}
 	if rootfs, ok := conf.Get("rootfs"); ok {
-		storage, rest, _ := strings.Cut(rootfs, ":")
-		for o := range strings.SplitSeq(rest, ",") {
+		for o := range strings.SplitSeq(rootfs, ",") {
 			if size, ok := strings.CutPrefix(o, "size="); ok {
-				words = append(words, "--rootfs", shellWord(storage+":"+strings.TrimSuffix(size, "G")))
+				words = append(words, "--rootfs", shellWord("STORAGE:"+strings.TrimSuffix(size, "G")))
 			}
 		}
 	}
