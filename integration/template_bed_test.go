@@ -25,8 +25,8 @@ import (
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
 )
 
-// derived is an image with another's layers and a configuration of its own, until the test ends.
-func derived(t *testing.T, from, name string, edit func(*ocispec.Image)) {
+// derived is an image with another's layers, and more, and a configuration of its own, until the test ends.
+func derived(t *testing.T, from, name string, edit func(*ocispec.Image), more ...ocispec.Descriptor) {
 	t.Helper()
 	ctx, c := background(t), connect(t)
 	image, err := c.GetImage(ctx, from)
@@ -50,7 +50,7 @@ func derived(t *testing.T, from, name string, edit func(*ocispec.Image)) {
 	must(t, err)
 	defer func() { _ = done(ctx) }()
 	m := ocispec.Manifest{
-		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, Layers: manifest.Layers,
+		Versioned: specs.Versioned{SchemaVersion: 2}, MediaType: ocispec.MediaTypeImageManifest, Layers: append(manifest.Layers, more...),
 		Config: write(ocispec.MediaTypeImageConfig, config, nil),
 	}
 	labels := map[string]string{"containerd.io/gc.ref.content.config": m.Config.Digest.String()}
@@ -109,9 +109,21 @@ func (made templateOf) clone(t *testing.T, vmid int) int {
 	if out, code := command("zfs", "clone", made.Dataset+"@__base__", dataset); code != 0 {
 		t.Fatal(out)
 	}
+	t.Cleanup(func() {
+		eventually(t, time.Minute, "the clone is destroyed", func() bool {
+			_, code := command("zfs", "destroy", "-r", dataset)
+			return code == 0
+		})
+	})
+	return made.boot(t, vmid, "/"+dataset)
+}
+
+// boot starts a container with the root in dir.
+func (made templateOf) boot(t *testing.T, vmid int, root string) int {
+	t.Helper()
 	conf := pve.Parse([]byte(confOf(t, made.VMID)))
 	lines := []string{
-		"lxc.rootfs.path = dir:/" + dataset, fmt.Sprintf("lxc.uts.name = ct%d", vmid), "lxc.mount.auto = proc:mixed sys:mixed cgroup:mixed", "lxc.autodev = 1", "lxc.net.0.type = empty",
+		"lxc.rootfs.path = dir:" + root, fmt.Sprintf("lxc.uts.name = ct%d", vmid), "lxc.mount.auto = proc:mixed sys:mixed cgroup:mixed", "lxc.autodev = 1", "lxc.net.0.type = empty",
 		"lxc.apparmor.profile = unconfined", "lxc.tty.max = 1", "lxc.console.logfile = /tmp/console-" + strconv.Itoa(vmid),
 	}
 	if line, ok := conf.Get("entrypoint"); ok {
@@ -128,10 +140,6 @@ func (made templateOf) clone(t *testing.T, vmid int) int {
 	t.Cleanup(func() {
 		command("lxc-stop", "-k", "-n", name)
 		must(t, os.RemoveAll(dir))
-		eventually(t, time.Minute, "the clone is destroyed", func() bool {
-			_, code := command("zfs", "destroy", "-r", dataset)
-			return code == 0
-		})
 	})
 	if out, code := command("lxc-start", "-n", name); code != 0 {
 		t.Fatalf("lxc-start: %s", out)

@@ -29,6 +29,9 @@ type Details struct {
 	Conf string `json:"conf"`
 }
 
+// Base is the snapshot that its clones are of, dataset@name. Nobody writes to it.
+func (t Template) Base() string { return t.Dataset + "@" + base }
+
 // Finding is what is found of a part of a template.
 type Finding struct {
 	Name   string

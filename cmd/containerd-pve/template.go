@@ -522,6 +522,7 @@ func templateCommand() *cobra.Command {
 		}
 		c.AddCommand(sub)
 	}
+	c.AddCommand(exportCommand())
 	return c
 }
 

@@ -30,7 +30,8 @@ type layer struct {
 	root    string     // where the files are
 	latest  *time.Time // SOURCE_DATE_EPOCH: nothing is younger
 	written map[string]bool
-	first   map[uint64]string // of a file with several names, the one that is written with its content
+	first   map[uint64]string       // of a file with several names, the one that is written with its content
+	edit    func(*tar.Header) error // sees each header of a file before it is written; may be nil
 }
 
 func newLayer(w io.Writer, root string, latest *time.Time) *layer {
@@ -117,6 +118,11 @@ func (l *layer) file(ctx context.Context, p string) error {
 	}
 	if h.PAXRecords, err = xattrs(source); err != nil {
 		return err
+	}
+	if l.edit != nil {
+		if err := l.edit(h); err != nil {
+			return err
+		}
 	}
 	if err := l.tw.WriteHeader(h); err != nil {
 		return err
