@@ -160,14 +160,14 @@ func (t *templateTool) importImage(ctx context.Context, set bool, o importOption
 		if err != nil {
 			return is.without(err)
 		}
-		made, new, err := m.create(ctx, image, of)
+		made, fresh, err := m.create(ctx, image, of)
 		if err != nil {
 			return is.without(err)
 		}
 		if is.Made = &made; t.format == "json" {
 			return printJSON(w, is)
 		}
-		return errors.Join(is.say(w), m.sayMade(w, made, new))
+		return errors.Join(is.say(w), m.sayMade(w, made, fresh))
 	})
 }
 
