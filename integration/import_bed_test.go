@@ -241,10 +241,10 @@ func TestImportImages(t *testing.T) {
 	}{
 		{"crane-layout", "crane pull --insecure --format=oci " + debian + " crane-layout", "crane-layout", "localhost/crane-layout:latest", nil, true},
 		{"crane-tar", "crane pull --insecure --format=tarball " + debian + " crane-tar", "crane-tar", debian, nil, true},
-		{"crane-legacy", "crane pull --insecure --format=legacy " + debian + " crane-legacy", "crane-legacy", debian, nil, true},
+		{"crane-legacy", "crane pull --insecure --format=legacy " + debian + " crane-legacy", "crane-legacy", debian, nil, false},
 		{"skopeo-layout", from + "oci:skopeo-layout:thirteen", "skopeo-layout", "localhost/skopeo-layout:thirteen", nil, true},
 		{"skopeo-oci", from + "oci-archive:skopeo-oci:thirteen; zstd skopeo-oci -o skopeo-oci.zst", "skopeo-oci.zst", "localhost/skopeo-oci:thirteen", nil, true},
-		{"skopeo-docker", from + "docker-archive:skopeo-docker:localhost:5000/by-skopeo:1", "skopeo-docker", "localhost:5000/by-skopeo:1", nil, true},
+		{"skopeo-docker", from + "docker-archive:skopeo-docker:localhost:5000/by-skopeo:1", "skopeo-docker", "localhost:5000/by-skopeo:1", nil, false},
 		{"several", from + "oci:several:one; umoci config --image several:one --tag two --config.user www-data", "several", "localhost/several:two", []string{"--select", "two"}, false},
 	} {
 		t.Run(s.name, func(t *testing.T) {
@@ -276,7 +276,7 @@ func TestImportImages(t *testing.T) {
 			if err != nil || !slices.Equal(got, diffs) {
 				t.Errorf("layers %v, %v, not %v", got, err, diffs)
 			}
-			if m, err := images.Manifest(ctx, c.ContentStore(), image.Target(), image.Platform()); err != nil || (m.Config.Digest == manifest.Config.Digest) != s.same {
+			if m, err := images.Manifest(ctx, c.ContentStore(), image.Target(), image.Platform()); err != nil || s.same && m.Config.Digest != manifest.Config.Digest {
 				t.Errorf("config %s, %v, not %s", m.Config.Digest, err, manifest.Config.Digest)
 			}
 			out, stderr, code := run(t, options{image: is.Image, args: []string{"cat", "/etc/os-release"}})
@@ -332,12 +332,12 @@ func TestImportRefused(t *testing.T) {
 	}
 	for name, c := range map[string]struct{ file, want string }{
 		"leaves":    {write("leaves", "tar -P -cf leaves x/../x/file"), `entry 1 "x/../x/file" at byte 0`},
-		"absolute":  {write("absolute", "tar -P -cf absolute /etc/hostname"), `entry 1 "/etc/hostname" at byte 0`},
+		"absolute":  {write("absolute", "tar -P -cf absolute /etc/passwd"), `entry 1 "/etc/passwd" at byte 0`},
 		"device":    {write("device", "mknod x/disk b 8 0; tar -C x -cf device file disk; rm x/disk"), `entry 2 "disk" at byte 1024: it is a device (b 8:0)`},
 		"twice":     {write("twice", "tar -C x -cf twice file; tar -C x -rf twice file"), `entry 2 "file" at byte 1024: it is there twice`},
 		"link":      {write("link", "ln -s /etc x/l; tar -C x -cf link l; rm x/l; mkdir x/l; echo a > x/l/passwd; tar -C x -rf link l/passwd; rm -r x/l"), `entry 2 "l/passwd" at byte 512: "l" above it is a symbolic link`},
 		"truncated": {write("truncated", "tar -C /bin -c busybox | gzip | head -c 100000 > truncated"), "truncated"},
-		"bomb":      {write("bomb", "truncate -s 2G x/zeros; tar -C x -c zeros | gzip -1 > bomb; rm x/zeros"), `entry 1 "zeros" at byte 0`},
+		"bomb":      {write("bomb", "truncate -s 400M x/zeros; tar -C x -c zeros | gzip > bomb; rm x/zeros"), `entry 1 "zeros" at byte 0`},
 		"large":     {write("large", "truncate -s 100G x/zeros; tar --sparse -C x -cf large zeros; rm x/zeros"), `entry 1 "zeros" at byte 0: its 107374182400 bytes`},
 		"none":      {write("none", "head -c 100000 /dev/urandom > none"), "none of the formats"},
 	} {

@@ -210,10 +210,12 @@ func openAs(t testing.TB, name string, kind Kind) *Source {
 	return &Source{Kind: kind, Path: name, file: f}
 }
 
+// The seeds are small: Go's fuzzing shortens what it finds, byte by byte.
+
 func FuzzRecognise(f *testing.F) {
 	f.Add([]byte("hsqs"))
 	for _, how := range []string{"", "gzip", "zstd"} {
-		f.Add(pack(f, how, tarOf(f, root()...)))
+		f.Add(pack(f, how, tarOf(f, root()[:5]...)))
 	}
 	f.Add(tarOf(f, regular("metadata.yaml", yamlText)))
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -226,7 +228,7 @@ func FuzzRecognise(f *testing.F) {
 // FuzzCheck: what holds by the rules never has a name that leaves, nor one twice.
 func FuzzCheck(f *testing.F) {
 	for _, how := range []string{"", "gzip", "zstd"} {
-		f.Add(pack(f, how, tarOf(f, root()...)), byte(0))
+		f.Add(pack(f, how, tarOf(f, root()[:5]...)), byte(0))
 	}
 	f.Add(tarOf(f, regular("a/.wh.b", ""), link(tar.TypeLink, "c", "/d")), byte(1))
 	f.Fuzz(func(t *testing.T, data []byte, by byte) {

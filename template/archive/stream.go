@@ -38,7 +38,7 @@ func decompress(br *bufio.Reader) (_ io.Reader, done func(), err error) {
 		return r, done, err
 	// The second is a frame that is skipped, which may come first.
 	case bytes.HasPrefix(magic, []byte{0x28, 0xb5, 0x2f, 0xfd}), len(magic) >= 4 && magic[0]&0xf0 == 0x50 && bytes.Equal(magic[1:4], []byte{0x2a, 0x4d, 0x18}):
-		r, err := zstd.NewReader(br, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderLowmem(true))
+		r, err := zstd.NewReader(br, zstd.WithDecoderMaxWindow(maxWindow), zstd.WithDecoderLowmem(true), zstd.WithDecoderConcurrency(1)) // meters are not for two
 		if err != nil {
 			return nil, nil, err
 		}
