@@ -222,7 +222,9 @@ func (i *imageImport) sources(ctx context.Context, args []string, o importOption
 		// What was interrupted is held for another try, what failed or is done is not.
 		if err == nil || ctx.Err() == nil {
 			err = errors.Join(err, i.release(context.WithoutCancel(ctx), manager, key))
+			return
 		}
+		err = fmt.Errorf("%w (for a day the same command goes on from there)", err)
 	}()
 	ctx = leases.WithLease(ctx, lease.ID)
 	image, err := i.archive.Import(ctx, of[0], of[1], key, o.choice)

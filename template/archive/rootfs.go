@@ -92,16 +92,22 @@ func (i *Importer) layer(ctx context.Context, key digest.Digest, c *converter, f
 	fail := func(err error) (ocispec.Descriptor, error) { return ocispec.Descriptor{}, err }
 	ref := refOf(key, "layer")
 	w, err := content.OpenWriter(ctx, i.Store, content.WithRef(ref))
+	// What was interrupted cannot be gone on with: a compressor has no memory of it.
+	abort := func() {
+		if aerr := i.Store.Abort(context.WithoutCancel(ctx), ref); aerr != nil && !errdefs.IsNotFound(aerr) {
+			err = errors.Join(err, aerr)
+		}
+	}
 	if err != nil {
-		return fail(fmt.Errorf("content store: %w", err))
+		if err = fmt.Errorf("content store: %w", err); ctx.Err() != nil {
+			abort() // it may have begun
+		}
+		return fail(err)
 	}
 	defer func() {
 		_ = w.Close()
 		if err != nil {
-			// What was interrupted cannot be gone on with: a compressor has no memory of it.
-			if aerr := i.Store.Abort(context.WithoutCancel(ctx), ref); aerr != nil && !errdefs.IsNotFound(aerr) {
-				err = errors.Join(err, aerr)
-			}
+			abort()
 		}
 	}()
 	if err := w.Truncate(0); err != nil {
