@@ -112,7 +112,7 @@ func (e *exporter) run(ctx context.Context, set bool, id, file string) error {
 	if err != nil {
 		return err
 	}
-	_, _, store, z, err := e.open(ctx, set)
+	_, store, z, err := e.open(ctx, set)
 	if err != nil {
 		return err
 	}

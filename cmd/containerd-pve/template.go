@@ -508,14 +508,17 @@ func templateCommand() *cobra.Command {
 			return t.release(ctx, s)
 		}),
 	}
-	for _, sub := range []*cobra.Command{create, refresh, prune, rm} {
+	take := importCommand(&t, format)
+	for _, sub := range []*cobra.Command{create, take, refresh, prune, rm} {
 		sub.Flags().StringVar(&t.address, "containerd-address", defaultContainerd, "containerd's `socket`")
 	}
 	for _, sub := range []*cobra.Command{create, refresh} {
 		t.pulling.flags(sub)
+	}
+	for _, sub := range []*cobra.Command{create, take, refresh} {
 		sub.Flags().StringVarP(&t.namespace, "namespace", "n", namespaces.Default, "containerd's namespace")
 	}
-	for _, sub := range []*cobra.Command{create, ls, inspect, validate, refresh, prune, rm} {
+	for _, sub := range []*cobra.Command{create, take, ls, inspect, validate, refresh, prune, rm} {
 		sub.Flags().StringVarP(&t.path, "config", "c", defaultConfig, "configuration `file`")
 		if sub != rm && sub != inspect {
 			sub.Flags().StringVar(&t.format, "format", "table", "table or json")

@@ -31,7 +31,7 @@ const (
 
 	guestPackages = "zfsutils-linux,lxc,lxcfs,uidmap,iproute2,iputils-ping,procps,kmod,udev,ca-certificates,runc,crun," +
 		"busybox-static,iptables,nftables,e2fsprogs,strace,apparmor,fuse3,socat,curl,jq,bash,util-linux,psmisc,time,systemd-sysv,dbus,lsof,openssl," +
-		"skopeo,umoci,golang-github-containers-common,squashfs-tools,zstd,xz-utils"
+		"skopeo,umoci,golang-github-containers-common,squashfs-tools,squashfs-tools-ng,zstd,xz-utils"
 )
 
 // Bed is the set of stages a guest is booted from.
