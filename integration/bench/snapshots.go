@@ -51,10 +51,11 @@ this process, as they do within containerd. Needs root; the dataset is made and 
 			// What the others log of their own failures is in the errors too.
 			_ = log.SetLevel("error")
 			report, err := measureSnapshots(c.Context(), o, images, progress(c.ErrOrStderr()))
-			if err != nil {
+			if report == nil {
 				return err
 			}
-			return report.write(c.OutOrStdout(), o.format)
+			// Hours may be in what was measured before it failed or was interrupted.
+			return errors.Join(err, report.write(c.OutOrStdout(), o.format))
 		},
 	}
 	c.Flags().StringVar(&o.dataset, "dataset", "", "`dataset` to work in; it must not exist")
@@ -140,14 +141,14 @@ func measureSnapshots(ctx context.Context, o snapshotOptions, images []image, sa
 		for _, s := range subjects {
 			say("%s: up to %d snapshots", s.name, count)
 			if err := s.stop(); err != nil {
-				return nil, err
+				return r, err
 			}
 			if err := s.fill(ctx, count, o.layers); err != nil {
-				return nil, fmt.Errorf("filling %s up to %d: %w", s.name, count, err)
+				return r, fmt.Errorf("filling %s up to %d: %w", s.name, count, err)
 			}
 			begin := time.Now()
 			if err := s.start(ctx); err != nil {
-				return nil, fmt.Errorf("starting %s: %w", s.name, err)
+				return r, fmt.Errorf("starting %s: %w", s.name, err)
 			}
 			r.add(count, "start", s.name, time.Since(begin))
 		}
@@ -158,7 +159,7 @@ func measureSnapshots(ctx context.Context, o snapshotOptions, images []image, sa
 				for _, step := range steps {
 					begin := time.Now()
 					if err := step.do(ctx, s.snapshotter, key, s.top()); err != nil {
-						return nil, fmt.Errorf("%s of %s with %d snapshots: %w", step.name, s.name, count, err)
+						return r, fmt.Errorf("%s of %s with %d snapshots: %w", step.name, s.name, count, err)
 					}
 					if n > 0 {
 						r.add(count, step.name, s.name, time.Since(begin))
@@ -174,7 +175,7 @@ func measureSnapshots(ctx context.Context, o snapshotOptions, images []image, sa
 	}
 	for _, i := range images {
 		if err := unpack(ctx, r, subjects, i, o.runs, say); err != nil {
-			return nil, fmt.Errorf("unpacking %s: %w", i, err)
+			return r, fmt.Errorf("unpacking %s: %w", i, err)
 		}
 	}
 	say("")
