@@ -66,21 +66,6 @@ func family(t *testing.T, s Store) map[string]string {
 // states are the files that each of family has when all is made.
 var states = map[string]string{"source": "c", "ofA": "b", "ofB": "b", "of-ofA": "a"}
 
-// orders are all in which they may be removed.
-func orders(of []string) [][]string {
-	if len(of) == 0 {
-		return [][]string{nil}
-	}
-	var all [][]string
-	for i, first := range of {
-		rest := append(append([]string{}, of[:i]...), of[i+1:]...)
-		for _, o := range orders(rest) {
-			all = append(all, append([]string{first}, o...))
-		}
-	}
-	return all
-}
-
 // TestCloneOrders: in whichever of some orders containers and clones are removed, one after the other or
 // two at once, each dataset is gone then, the others have their files, and nothing is left.
 func TestCloneOrders(t *testing.T) {

@@ -263,11 +263,11 @@ func TestHeirs(t *testing.T) {
 	w.take(t, parent+"/2@two", "")
 	w.remove(t, sourceKey)
 	got := w.names()
-	want := []string{first, first + "@" + orphaned + "0", first + "@one", second}
+	want := []string{first, first + "@" + orphaned + "2", first + "@one", second}
 	if !slices.Equal(got, want) {
 		t.Errorf("%v, not %v", got, want)
 	}
-	if text, err := w.z.Property(ctx, first+"@"+orphaned+"0", PropTaken); err != nil || text != "" {
+	if text, err := w.z.Property(ctx, first+"@"+orphaned+"2", PropTaken); err != nil || text != "" {
 		t.Errorf("it is a state still: %q, %v", text, err)
 	}
 	// To the next heir, and with it.
@@ -301,5 +301,70 @@ func TestHeirs(t *testing.T) {
 	w.remove(t, sourceKey)
 	if got := w.names(); !slices.Equal(got, []string{parent + "/2", w.state, "pool/theirs"}) {
 		t.Errorf("with another's clone: %v", got)
+	}
+}
+
+// orders are all in which some may be removed.
+func orders(of []string) [][]string {
+	if len(of) == 0 {
+		return [][]string{nil}
+	}
+	var all [][]string
+	for i, first := range of {
+		rest := slices.Delete(slices.Clone(of), i, i+1)
+		for _, o := range orders(rest) {
+			all = append(all, append([]string{first}, o...))
+		}
+	}
+	return all
+}
+
+// TestCloneModel: in whatever order a container, two clones and a clone of a clone are removed,
+// with states of the same names, one by one or some at once, what was removed is gone, and the
+// others have their states.
+func TestCloneModel(t *testing.T) {
+	names := map[string]string{"source": sourceKey, "ofA": "default/3/ofA", "ofB": "default/4/ofB", "of-ofA": "default/5/of-ofA"}
+	for i, order := range orders(slices.Sorted(maps.Keys(names))) {
+		w := newCloneWorld(t)
+		at := map[string]string{"source": parent + "/2"}
+		w.take(t, at["source"]+"@two", "")
+		w.take(t, at["source"]+"@three", "")
+		at["ofA"] = w.clone(t, names["ofA"], at["source"]+"@one")
+		at["ofB"] = w.clone(t, names["ofB"], at["source"]+"@two")
+		for _, c := range []string{"ofA", "ofB"} {
+			w.take(t, at[c]+"@one", "")
+			w.take(t, at[c]+"@two", "")
+		}
+		at["of-ofA"] = w.clone(t, names["of-ofA"], at["ofA"]+"@one")
+		for n := 0; n < len(order); {
+			last := n
+			for last++; last < len(order) && i>>last&1 == 1; last++ {
+			}
+			var gone []string
+			for _, c := range order[n:last] {
+				gone = append(gone, names[c])
+			}
+			n = last
+			w.remove(t, gone...)
+			for c, dataset := range at {
+				_, err := w.z.Property(t.Context(), dataset, propID)
+				if there := slices.Contains(order[n:], c); there != (err == nil) {
+					t.Errorf("%v, %d removed: %s is there: %v", order, n, c, err == nil)
+				}
+			}
+			for _, c := range order[n:] {
+				for state, has := range map[string]bool{"one": c != "of-ofA", "two": c != "of-ofA", "three": c == "source"} {
+					if text, _ := w.z.Property(t.Context(), at[c]+"@"+state, PropTaken); has != (text == "text ") {
+						t.Errorf("%v, %d removed: %s@%s is %q", order, n, c, state, text)
+					}
+				}
+			}
+		}
+		if left := w.names(); len(left) > 0 {
+			t.Errorf("%v: left %v", order, left)
+		}
+		if err := w.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }

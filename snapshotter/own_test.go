@@ -1,6 +1,7 @@
 package snapshotter
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -8,6 +9,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -27,6 +29,7 @@ type fake struct {
 	setting  func(name string) error // called before properties are set
 	renaming func() error            // called before a filesystem is renamed
 	objects  int64                   // in every snapshot; 0: not counted
+	taken    int                     // snapshots so far, which createtxg of each counts
 }
 
 func (f *fake) Create(_ context.Context, name string, p zfs.Properties) error {
@@ -56,7 +59,21 @@ func (f *fake) Clone(ctx context.Context, snapshot, name string, p zfs.Propertie
 
 func (f *fake) Snapshot(ctx context.Context, name string, p zfs.Properties) error {
 	dataset, _, _ := strings.Cut(name, "@")
+	p = maps.Clone(p)
+	if p == nil {
+		p = zfs.Properties{}
+	}
+	f.mu.Lock()
+	f.taken++
+	p["createtxg"] = strconv.Itoa(f.taken)
+	f.mu.Unlock()
 	return f.Clone(ctx, dataset, name, p)
+}
+
+// txg is a snapshot's place in time.
+func (f *fake) txg(snapshot string) uint64 {
+	n, _ := strconv.ParseUint(f.datasets[snapshot]["createtxg"], 10, 64)
+	return n
 }
 
 func (f *fake) Destroy(ctx context.Context, name string) error {
@@ -125,10 +142,10 @@ func (f *fake) Promote(_ context.Context, name string) error {
 	}
 	origin := f.datasets[name]["origin"]
 	from, _, _ := strings.Cut(origin, "@")
-	// Without their order all go: who tests more does so on ZFS.
+	until := f.txg(origin)
 	for full := range maps.Clone(f.datasets) {
 		last, ok := strings.CutPrefix(full, from+"@")
-		if !ok {
+		if !ok || f.txg(full) > until {
 			continue
 		}
 		to := name + "@" + last
@@ -182,7 +199,7 @@ func (f *fake) Taken(_ context.Context, name string, properties []string) ([]zfs
 		if !strings.HasPrefix(full, name+"@") {
 			continue
 		}
-		e := zfs.Entry{Name: full, Snapshot: true, Own: zfs.Properties{}, Clones: f.clones(full)}
+		e := zfs.Entry{Name: full, Snapshot: true, Own: zfs.Properties{}, Clones: f.clones(full), Txg: f.txg(full)}
 		for _, p := range properties {
 			if v, there := f.datasets[full][p]; there {
 				e.Own[p] = v
@@ -190,6 +207,7 @@ func (f *fake) Taken(_ context.Context, name string, properties []string) ([]zfs
 		}
 		all = append(all, e)
 	}
+	slices.SortFunc(all, func(a, b zfs.Entry) int { return cmp.Compare(a.Txg, b.Txg) })
 	return all, nil
 }
 

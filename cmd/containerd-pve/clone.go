@@ -81,7 +81,7 @@ func (c *cloner) clone(ctx context.Context, id string, vmid int, state string, r
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, end()) }()
+	defer func() { err = errors.Join(err, end(err != nil)) }()
 	if err := c.prepare(ctx, &kept, id, state); err != nil {
 		return nil, err
 	}
@@ -98,8 +98,9 @@ func (c *cloner) clone(ctx context.Context, id string, vmid int, state string, r
 	return notes, nil
 }
 
-// lease holds what is made with the context, until end, or for cloneLimit.
-func (c *cloner) lease(ctx context.Context) (_ context.Context, end func() error, err error) {
+// lease holds what is made with the context, until end, or for cloneLimit. What failed is
+// gone, with its dataset, before end returns; else nobody has to wait.
+func (c *cloner) lease(ctx context.Context) (_ context.Context, end func(failed bool) error, err error) {
 	client := leasesapi.NewLeasesClient(c.conn)
 	lease, err := client.Create(ctx, &leasesapi.CreateRequest{
 		ID: "containerd-pve-clone-" + rand.Text(), Labels: map[string]string{"containerd.io/gc.expire": time.Now().Add(cloneLimit).UTC().Format(time.RFC3339)},
@@ -108,10 +109,12 @@ func (c *cloner) lease(ctx context.Context) (_ context.Context, end func() error
 		return nil, nil, fmt.Errorf("a lease: %w", errgrpc.ToNative(err))
 	}
 	whole := context.WithoutCancel(ctx)
-	return leases.WithLease(ctx, lease.Lease.ID), func() error {
-		// What failed is gone, with its dataset, before this returns.
-		_, err := client.Delete(whole, &leasesapi.DeleteRequest{ID: lease.Lease.ID, Sync: true})
-		return errgrpc.ToNative(err)
+	return leases.WithLease(ctx, lease.Lease.ID), func(failed bool) error {
+		_, err := client.Delete(whole, &leasesapi.DeleteRequest{ID: lease.Lease.ID, Sync: failed})
+		if err = errgrpc.ToNative(err); err == nil || !failed {
+			return nil // it ends by itself
+		}
+		return fmt.Errorf("the lease %s: %w", lease.Lease.ID, err)
 	}, nil
 }
 
