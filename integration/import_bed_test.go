@@ -355,21 +355,21 @@ func TestImportRefused(t *testing.T) {
 	file := filepath.Join(dir, "debian.tar")
 	program(t, "sh", "-ec", "crane export --insecure "+debian+" "+file)
 	interrupted := 0
-	for _, after := range []time.Duration{50, 400, 1200, 2500} {
+	for _, after := range []time.Duration{50 * time.Millisecond, 400 * time.Millisecond, 1200 * time.Millisecond, 2500 * time.Millisecond} {
 		for _, sig := range []syscall.Signal{syscall.SIGINT, syscall.SIGKILL} {
 			cmd := exec.Command("containerd-pve", "template", "import", "--image-only", "--name", "localhost/interrupted:1", file)
 			must(t, cmd.Start())
-			time.Sleep(after * time.Millisecond)
+			time.Sleep(after)
 			_ = cmd.Process.Signal(sig)
 			if cmd.Wait() == nil {
 				continue // it was faster
 			}
 			interrupted++
 			if got := count(); got != before {
-				t.Errorf("after %s, %d ms: images %s", sig, after, got)
+				t.Errorf("after %s, %s: images %s", sig, after, got)
 			}
 			if out := program(t, "ctr", "snapshots", "--snapshotter", zfs, "ls"); sig == syscall.SIGINT && strings.Contains(out, "extract-") {
-				t.Errorf("after %s, %d ms: %s", sig, after, out)
+				t.Errorf("after %s, %s: %s", sig, after, out)
 			}
 		}
 	}

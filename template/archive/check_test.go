@@ -122,6 +122,8 @@ func TestHostile(t *testing.T) {
 }
 
 func TestTooMuch(t *testing.T) {
+	defer func(was int64) { ratioFrom = was }(ratioFrom)
+	ratioFrom = 4 << 20
 	i, ctx := newImporter(t)
 	var many []file
 	for n := range 1001 {
