@@ -337,8 +337,9 @@ func TestCloneModel(t *testing.T) {
 		}
 		at["of-ofA"] = w.clone(t, names["of-ofA"], at["ofA"]+"@one")
 		for n := 0; n < len(order); {
-			last := n
-			for last++; last < len(order) && i>>last&1 == 1; last++ {
+			last := n + 1
+			for last < len(order) && i>>last&1 == 1 {
+				last++
 			}
 			var gone []string
 			for _, c := range order[n:last] {
