@@ -21,14 +21,22 @@ func lxcCopy(t *testing.T, made templateOf, name string) {
 		t.Fatalf("lxc-copy: %s", out)
 	}
 	t.Cleanup(func() { command("lxc-destroy", "-f", "-n", name) })
-	// The bed has no bridge of LXC's.
+	// Debian's defaults without their network: the bed has no bridge of LXC's.
 	config := "/var/lib/lxc/" + name + "/config"
 	text, err := os.ReadFile(config)
 	must(t, err)
 	var lines []string
 	for line := range strings.Lines(string(text)) {
-		if !strings.Contains(line, "default.conf") {
+		if !strings.Contains(line, "/etc/lxc/default.conf") {
 			lines = append(lines, line)
+			continue
+		}
+		defaults, err := os.ReadFile("/etc/lxc/default.conf")
+		must(t, err)
+		for line := range strings.Lines(string(defaults)) {
+			if !strings.HasPrefix(line, "lxc.net.") {
+				lines = append(lines, line)
+			}
 		}
 	}
 	must(t, os.WriteFile(config, []byte(strings.Join(append(lines, "lxc.net.0.type = empty\nlxc.console.logfile = /tmp/console-"+name+"\n"), "")), 0o640))
