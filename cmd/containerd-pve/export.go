@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	contentapi "github.com/containerd/containerd/api/services/content/v1"
@@ -23,7 +22,6 @@ import (
 	"github.com/docker/go-units"
 	"github.com/opencontainers/go-digest"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 	"google.golang.org/grpc"
 
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
@@ -127,15 +125,15 @@ func (e *exporter) run(ctx context.Context, set bool, id, file string) error {
 	var said string
 	var written int64
 	write := func(w io.Writer) error {
-		p := e.progress(w)
-		defer p.end()
+		p := &counted{Writer: w, told: newProgress(e.stderr)}
+		defer p.told.end()
 		if as == asVztmpl {
 			err = e.rootfs(ctx, d, p, kind)
 			said = bootText(d, file)
 		} else {
 			said, err = e.image(ctx, d, p, file)
 		}
-		written = p.written.Load()
+		written = p.written
 		return err
 	}
 	if file == streaming {
@@ -283,40 +281,16 @@ func bootText(d template.Details, file string) string {
 	return b.String()
 }
 
-// exportProgress counts what is written, and says it on a terminal.
-type exportProgress struct {
-	w       io.Writer
-	written atomic.Int64
-	end     func()
+// counted counts what is written, and says it.
+type counted struct {
+	io.Writer
+	written int64
+	told    *progress
 }
 
-func (p *exportProgress) Write(b []byte) (int, error) {
-	n, err := p.w.Write(b)
-	p.written.Add(int64(n))
+func (c *counted) Write(b []byte) (int, error) {
+	n, err := c.Writer.Write(b)
+	c.written += int64(n)
+	c.told.show("written:", c.written, allOf)
 	return n, err
-}
-
-func (e *exporter) progress(w io.Writer) *exportProgress {
-	p := &exportProgress{w: w, end: func() {}}
-	f, ok := e.stderr.(*os.File)
-	if !ok || !term.IsTerminal(int(f.Fd())) {
-		return p
-	}
-	stop, stopped := make(chan struct{}), make(chan struct{})
-	p.end = func() { close(stop); <-stopped }
-	go func() {
-		defer close(stopped)
-		tick := time.NewTicker(time.Second / 2)
-		defer tick.Stop()
-		for {
-			select {
-			case <-tick.C:
-				fmt.Fprintf(f, "\r\x1b[Kwritten: %s", units.BytesSize(float64(p.written.Load())))
-			case <-stop:
-				fmt.Fprint(f, "\r\x1b[K")
-				return
-			}
-		}
-	}()
-	return p
 }

@@ -34,7 +34,6 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
@@ -317,37 +316,4 @@ func (i *imageImport) record(ctx context.Context, name string, target ocispec.De
 		return fmt.Errorf("image %s: %w", name, err)
 	}
 	return nil
-}
-
-// progress says on a terminal how far it is.
-type progress struct {
-	to   *os.File
-	last time.Time
-	what string
-}
-
-// newProgress shows nothing where nobody looks.
-func newProgress(to *os.File) *progress {
-	if !term.IsTerminal(int(to.Fd())) {
-		to = nil
-	}
-	return &progress{to: to}
-}
-
-func (p *progress) show(what string, n, total int64) {
-	if p.to == nil || (what == p.what && time.Since(p.last) < 200*time.Millisecond) {
-		return
-	}
-	p.last, p.what = time.Now(), what
-	if total == 0 {
-		fmt.Fprintf(p.to, "\r\033[K%s", what)
-		return
-	}
-	fmt.Fprintf(p.to, "\r\033[K%s %d%%", what, n*100/total)
-}
-
-func (p *progress) end() {
-	if p.to != nil && p.what != "" {
-		fmt.Fprint(p.to, "\r\033[K")
-	}
 }

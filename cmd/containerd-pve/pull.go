@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
 
 	"github.com/containerd/containerd/v2/client"
@@ -49,6 +50,9 @@ func (p *pulling) pull(ctx context.Context, conn *grpc.ClientConn, namespace, na
 		user, password, _ := strings.Cut(p.user, ":")
 		hosts.Credentials = func(string) (string, string, error) { return user, password, nil }
 	}
+	said := newProgress(os.Stderr)
+	defer said.end()
+	said.show("pulling "+ref.String(), 0, 0)
 	ctx = namespaces.WithNamespace(ctx, namespace)
 	_, err = c.Pull(ctx, ref.String(), client.WithPullUnpack, client.WithPullSnapshotter(snapshotterName), client.WithPlatformMatcher(platforms.Default()),
 		client.WithResolver(docker.NewResolver(docker.ResolverOptions{Hosts: dockerconfig.ConfigureHosts(ctx, hosts)})))
