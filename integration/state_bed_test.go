@@ -3,6 +3,7 @@
 package integration
 
 import (
+	"context"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -12,7 +13,9 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/containers"
 	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
@@ -144,6 +147,48 @@ func TestState(t *testing.T) {
 		t.Errorf("another snapshotter: %s", out)
 	}
 	o.remove()
+}
+
+// TestRollbackInterrupted: what a rollback left in the middle is not started, by whatever starts
+// containers, until the same command ended it.
+func TestRollbackInterrupted(t *testing.T) {
+	b := start(t, options{id: "halfway", args: []string{"sleep", "1000"}})
+	b.write("/data", "1")
+	toolRun(t, 0, "snapshot", "one", "halfway")
+	b.write("/data", "2")
+	if _, err := b.task.Delete(b.ctx, client.WithProcessKill); err != nil {
+		t.Fatal(err)
+	}
+	b.task = nil
+	// As one that was killed after its first step.
+	must(t, b.container.Update(b.ctx, func(_ context.Context, _ *client.Client, c *containers.Container) error {
+		var spec specs.Spec
+		if err := json.Unmarshal(c.Spec.GetValue(), &spec); err != nil {
+			return err
+		}
+		spec.Annotations = map[string]string{"io.containerd.pve.rollback": "one"}
+		var err error
+		c.Spec, err = typeurl.MarshalAny(&spec)
+		return err
+	}))
+	const way = "`containerd-pve container rollback one halfway`"
+	if out, code := command("ctr", "task", "start", "-d", "halfway"); code == 0 || !strings.Contains(out, way) {
+		t.Errorf("a task: %d, %s", code, out)
+	}
+	for _, args := range [][]string{{"snapshot", "two", "halfway"}, {"rm-snapshot", "one", "halfway"}} {
+		if out := toolRun(t, 1, args...); !strings.Contains(out, way) {
+			t.Errorf("%v: %s", args, out)
+		}
+	}
+	toolRun(t, 0, "rollback", "one", "halfway")
+	if out, code := command("ctr", "task", "start", "-d", "halfway"); code != 0 {
+		t.Errorf("a task afterwards: %s", out)
+	}
+	task, err := b.container.Task(b.ctx, nil)
+	must(t, err)
+	b.task = task
+	b.isFile("/data", "1")
+	b.remove()
 }
 
 func datasetOf(t *testing.T, b *box) string {

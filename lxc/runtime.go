@@ -166,6 +166,10 @@ func program(explicit, name, hint string) (string, error) {
 	return filepath.Abs(path)
 }
 
+// AnnotationRollback is of the spec of a container that a rollback has begun to take back
+// to the state of that name and has not ended: no task of it may begin.
+const AnnotationRollback = "io.containerd.pve.rollback"
+
 // InitProgram is the path of pve-init: explicit, or the one beside this program, or in
 // PATH. Errors: FailedPrecondition.
 func InitProgram(explicit string) (string, error) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -25,8 +26,10 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/fieldmaskpb"
 
+	"github.com/containerd-pve/containerd-pve/lxc"
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
 	"github.com/containerd-pve/containerd-pve/lxc/pve/registry"
 	"github.com/containerd-pve/containerd-pve/snapshotter/compare"
@@ -185,8 +188,68 @@ func (c *configs) SetConfig(ctx context.Context, id string, record []byte) error
 	if proto.Equal(now.Spec, kept.Spec) {
 		return nil
 	}
-	_, err = containersapi.NewContainersClient(c.conn).Update(ctx, &containersapi.UpdateContainerRequest{
-		Container: &containersapi.Container{ID: id, Spec: kept.Spec}, UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"spec"}},
+	return c.setSpec(ctx, id, kept.Spec)
+}
+
+// Held reads the spec's annotation, which the shim looks at.
+func (c *configs) Held(ctx context.Context, id string) (string, error) {
+	now, err := c.get(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	_, annotations, err := annotationsOf(now.Spec.GetValue())
+	if err != nil {
+		return "", fmt.Errorf("container %s: %w", id, err)
+	}
+	return annotations[lxc.AnnotationRollback], nil
+}
+
+func (c *configs) Hold(ctx context.Context, id, name string) error {
+	now, err := c.get(ctx, id)
+	if err != nil {
+		return err
+	}
+	spec, annotations, err := annotationsOf(now.Spec.GetValue())
+	if err != nil {
+		return fmt.Errorf("container %s: %w", id, err)
+	}
+	switch {
+	case annotations[lxc.AnnotationRollback] == name:
+		return nil
+	case name == "":
+		delete(annotations, lxc.AnnotationRollback)
+	default:
+		annotations[lxc.AnnotationRollback] = name
+	}
+	if spec["annotations"], err = json.Marshal(annotations); err != nil {
+		return err
+	}
+	if now.Spec.Value, err = json.Marshal(spec); err != nil {
+		return err
+	}
+	return c.setSpec(ctx, id, now.Spec)
+}
+
+// annotationsOf takes a spec apart, so that nothing of it is lost that we do not know.
+func annotationsOf(spec []byte) (all map[string]json.RawMessage, annotations map[string]string, err error) {
+	if err := json.Unmarshal(spec, &all); err != nil {
+		return nil, nil, fmt.Errorf("its spec: %w: %w", err, errdefs.ErrInvalidArgument)
+	}
+	if text, there := all["annotations"]; there {
+		if err := json.Unmarshal(text, &annotations); err != nil {
+			return nil, nil, fmt.Errorf("the annotations of its spec: %w: %w", err, errdefs.ErrInvalidArgument)
+		}
+	}
+	if annotations == nil {
+		annotations = map[string]string{}
+	}
+	return all, annotations, nil
+}
+
+// setSpec is one change of containerd's database.
+func (c *configs) setSpec(ctx context.Context, id string, spec *anypb.Any) error {
+	_, err := containersapi.NewContainersClient(c.conn).Update(ctx, &containersapi.UpdateContainerRequest{
+		Container: &containersapi.Container{ID: id, Spec: spec}, UpdateMask: &fieldmaskpb.FieldMask{Paths: []string{"spec"}},
 	})
 	if err != nil {
 		return fmt.Errorf("the configuration of container %s: %w", id, errgrpc.ToNative(err))

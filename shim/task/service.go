@@ -204,6 +204,9 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	if spec.Process != nil {
 		spec.Process.Terminal = r.Terminal
 	}
+	if to, held := spec.Annotations[lxc.AnnotationRollback]; held {
+		return nil, fmt.Errorf("task %s: a rollback to %s was interrupted, and its files may not be those of its configuration: `containerd-pve container rollback %[2]s %[1]s` ends it: %[3]w", r.ID, to, errdefs.ErrFailedPrecondition)
+	}
 	nets, err := netsOf(spec, s.namespace, r.ID, interfaces)
 	if err == nil && len(nets) > 0 {
 		err = resolv(spec, r.Bundle, resolvConf)

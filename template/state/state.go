@@ -88,6 +88,10 @@ type Configs interface {
 	Config(ctx context.Context, id string) (Config, error)
 	// SetConfig gives it the configuration that a record has, all that a task is made from.
 	SetConfig(ctx context.Context, id string, record []byte) error
+	// Hold keeps tasks of it from beginning while it is on its way back to a snapshot, across crashes,
+	// until SetConfig or, with an empty name, Hold. Held is that snapshot; empty: it is not.
+	Hold(ctx context.Context, id, name string) error
+	Held(ctx context.Context, id string) (name string, err error)
 }
 
 // Store is of one host.
@@ -120,15 +124,23 @@ func (s *Store) change(ctx context.Context, c Container, f func(*pve.Conf) error
 	return s.Confs.Change(ctx, c.VMID, f)
 }
 
-// locked is change of a conf that no job has.
+// locked is change of a conf that no job has, and of a container that no rollback holds.
 func (s *Store) locked(ctx context.Context, c Container, f func(*pve.Conf) error) error {
 	return s.change(ctx, c, func(conf *pve.Conf) error {
 		if conf != nil {
 			if err := conf.Free(c.VMID); err != nil {
 				return err
 			}
+			return f(conf)
 		}
-		return f(conf)
+		to, err := s.Configs.Held(ctx, c.ID)
+		if err != nil {
+			return err
+		}
+		if to != "" {
+			return fmt.Errorf("a rollback of container %s to %s was interrupted: `containerd-pve container rollback %[2]s %[1]s` ends it: %[3]w", c.ID, to, errdefs.ErrFailedPrecondition)
+		}
+		return f(nil)
 	})
 }
 
@@ -303,8 +315,8 @@ func (s *Store) Clone(ctx context.Context, c Container, name string, clone func(
 // Rollback takes a container back to a snapshot, root file system and
 // configuration: its task is stopped, and another started if it ran. Newer snapshots are lost by
 // it, and so it is refused where there are some unless force is set; those that another took are
-// never destroyed. With a conf, a crash leaves that locked, by which no task starts, until the same
-// is asked for again. Errors: NotFound, FailedPrecondition.
+// never destroyed. A crash leaves the conf locked, or without one the container held, by which no task
+// starts, until the same is asked for again. Errors: NotFound, FailedPrecondition.
 func (s *Store) Rollback(ctx context.Context, c Container, name string, force bool) error {
 	full := c.Dataset + "@" + name
 	var start func(context.Context) error
@@ -339,8 +351,11 @@ func (s *Store) Rollback(ctx context.Context, c Container, name string, force bo
 				return fmt.Errorf("snapshot %s of container %s is newer than %s and none of containerd-pve's: destroy it with what took it (`pct delsnapshot`, `zfs destroy`): %w", n.Name, c.ID, name, errdefs.ErrFailedPrecondition)
 			}
 		}
-		if start, err = s.Tasks.Stop(ctx, c.ID); err != nil || conf == nil {
+		if start, err = s.Tasks.Stop(ctx, c.ID); err != nil {
 			return err
+		}
+		if conf == nil {
+			return s.Configs.Hold(ctx, c.ID, name)
 		}
 		if err := conf.SetLock(""); err != nil {
 			return err
@@ -380,7 +395,7 @@ func (s *Store) back(ctx context.Context, c Container, name string, newer []Snap
 		}
 		if failed != nil {
 			if conf == nil {
-				return nil
+				return s.Configs.Hold(ctx, c.ID, "")
 			}
 			*conf = *pve.Parse(before)
 			return s.gone(ctx, c, conf, newer)
@@ -391,7 +406,7 @@ func (s *Store) back(ctx context.Context, c Container, name string, newer []Snap
 			}
 		}
 		if conf == nil {
-			return nil
+			return s.Configs.Hold(ctx, c.ID, "")
 		}
 		return conf.Rollback(name)
 	})

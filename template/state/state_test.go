@@ -26,6 +26,7 @@ type host struct {
 	pinned string            // a snapshot that a clone needs
 	files  string            // the snapshot that the files are of
 	config string            // what containerd knows of it
+	held   string            // the snapshot it is on its way to
 	keys   map[string]string // of datasets
 	left   int               // steps until the end of this process; 0: none
 }
@@ -123,9 +124,19 @@ func (h *host) SetConfig(_ context.Context, _ string, record []byte) error {
 	if err := h.did("config"); err != nil {
 		return err
 	}
-	h.config = string(record)
+	h.config, h.held = string(record), ""
 	return nil
 }
+
+func (h *host) Hold(_ context.Context, _, name string) error {
+	if err := h.did("hold %q", name); err != nil {
+		return err
+	}
+	h.held = name
+	return nil
+}
+
+func (h *host) Held(context.Context, string) (string, error) { return h.held, nil }
 
 func (h *host) steps() string {
 	s := strings.Join(h.log, "; ")
@@ -179,7 +190,7 @@ func TestPlain(t *testing.T) {
 	if err := s.Rollback(ctx, plain, "one", true); err != nil {
 		t.Error(err)
 	}
-	isSteps(t, h, "stop; destroy tank/c/7@three; destroy tank/c/7@two; rollback tank/c/7@one; config; start")
+	isSteps(t, h, `stop; hold "one"; destroy tank/c/7@three; destroy tank/c/7@two; rollback tank/c/7@one; config; hold ""; start`)
 	if err := s.Remove(ctx, plain, "one"); err != nil {
 		t.Error(err)
 	}
@@ -382,20 +393,6 @@ func TestCrashes(t *testing.T) {
 		}
 		return h
 	}
-	dies := func(f func() error) (died bool) {
-		defer func() {
-			if r := recover(); r != nil {
-				if _, ok := r.(crash); !ok {
-					panic(r)
-				}
-				died = true
-			}
-		}()
-		if err := f(); err != nil {
-			t.Error(err)
-		}
-		return false
-	}
 	for name, f := range map[string]func(*Store) error{
 		"rollback": func(s *Store) error { return s.Rollback(ctx, ct, "one", true) },
 		"remove":   func(s *Store) error { return s.Remove(ctx, ct, "two") },
@@ -410,7 +407,7 @@ func TestCrashes(t *testing.T) {
 			h := prepared()
 			old := string(h.conf.Bytes())
 			h.left = n
-			died := dies(func() error { return f(store(h)) })
+			died := dies(t, func() error { return f(store(h)) })
 			if !died {
 				break
 			}
@@ -447,6 +444,67 @@ func TestCrashes(t *testing.T) {
 			t.Errorf("%s: %d steps", name, steps)
 		}
 	}
+}
+
+// TestPlainCrashes: without Proxmox too.
+func TestPlainCrashes(t *testing.T) {
+	ctx := t.Context()
+	for n := 1; ; n++ {
+		h := &host{config: "of one"}
+		one := store(h).Take(ctx, plain, "one", "")
+		h.config = "of two"
+		if err := errors.Join(one, store(h).Take(ctx, plain, "two", "")); err != nil {
+			t.Fatal(err)
+		}
+		h.left = n
+		died := dies(t, func() error { return store(h).Rollback(ctx, plain, "one", true) })
+		h.left = 0
+		isOld, isNew := h.files == "" && h.config == "of two" && len(h.taken) == 2, h.files != "" && h.config == "of one"
+		if h.held == "" && !isOld && !isNew {
+			t.Errorf("step %d: files of %q, configuration %s, %d snapshots, and nothing holds it", n, h.files, h.config, len(h.taken))
+		}
+		if err := store(h).Take(ctx, plain, "three", ""); h.held != "" && (!errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "rollback one web")) {
+			t.Errorf("step %d: held: %v", n, err)
+		}
+		if err := store(h).Rollback(ctx, plain, "one", true); err != nil || h.files == "" || h.config != "of one" || h.held != "" || len(h.taken) != 1 {
+			t.Errorf("step %d, again: %v, files of %q, configuration %s, held %q", n, err, h.files, h.config, h.held)
+		}
+		if !died {
+			if n < 5 {
+				t.Errorf("%d steps", n)
+			}
+			return
+		}
+	}
+}
+
+// TestPlainFailures: a rollback that fails holds nothing.
+func TestPlainFailures(t *testing.T) {
+	ctx, no := t.Context(), errors.New("no")
+	h := &host{config: "of now"}
+	if err := store(h).Take(ctx, plain, "one", ""); err != nil {
+		t.Fatal(err)
+	}
+	h.fail = map[string]error{"rollback": no}
+	if err := store(h).Rollback(ctx, plain, "one", false); !errors.Is(err, no) || h.held != "" || h.config != "of now" {
+		t.Errorf("%v, held %q, configuration %s", err, h.held, h.config)
+	}
+}
+
+func dies(t *testing.T, f func() error) (died bool) {
+	t.Helper()
+	defer func() {
+		if r := recover(); r != nil {
+			if _, ok := r.(crash); !ok {
+				panic(r)
+			}
+			died = true
+		}
+	}()
+	if err := f(); err != nil {
+		t.Error(err)
+	}
+	return false
 }
 
 func unTimed(c *pve.Conf) string {
