@@ -232,6 +232,10 @@ func TestTemplate(t *testing.T) {
 		t.Errorf("%+v", list)
 	}
 	t.Log(templateRun(t, 0, "ls"))
+	// As Proxmox does with what it clones.
+	if out, code := command("zfs", "mount", made.Dataset); code != 0 {
+		t.Error(out)
+	}
 	// Without the daemon's doing anything to it.
 	restartDaemon(t)
 	if noConf(100) {
@@ -311,6 +315,9 @@ func TestTemplateLifecycle(t *testing.T) {
 	const name = "localhost:5000/moving:1"
 	derived(t, busybox, name, func(c *ocispec.Image) { c.Config.Cmd = []string{"sleep", "1"} })
 	old := makeTemplate(t, name, "--memory", "64M", "--net", "name=eth0,ip=dhcp,bridge=vmbr0")
+	if conf := confOf(t, 100); !strings.Contains(conf, "\nnet0: name=eth0,bridge=vmbr0,ip=dhcp,type=veth,host-managed=1\n") {
+		t.Errorf("the network:\n%s", conf)
+	}
 	var details struct {
 		Origin, Conf string
 		Config       ocispec.Image

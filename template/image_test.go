@@ -146,8 +146,16 @@ func TestConf(t *testing.T) {
 	if conf.Tagged(pve.Tag) || !isOurs(conf) {
 		t.Error("it is taken for a container of containerd's")
 	}
+	if strings.Contains(got, "nesting") || !strings.Contains(got, ",host-managed=1\n") {
+		t.Errorf("a server's:\n%s", got)
+	}
+	never := i
+	never.Config.Created = &time.Time{}
+	if conf, _, err := s.conf(never, Options{}, plan.Process{Args: []string{systemInit}, Cwd: "/"}, 900, 8); err != nil || !strings.Contains(string(conf.Bytes()), "features: nesting=1\n") || strings.Contains(conf.Description(), "0001") {
+		t.Errorf("a whole system's: %v\n%s", err, conf.Bytes())
+	}
 	s.Host.Env = false
-	if conf, all, err = s.conf(i, Options{}, p, 900, 8); err != nil || all || !strings.Contains(string(conf.Bytes()), "lxc.init.cmd: /.containerd-pve/init boot\n") || strings.Contains(string(conf.Bytes()), "entrypoint") {
+	if conf, all, err = s.conf(i, Options{Nets: []pve.Net{net}}, p, 900, 8); err != nil || all || strings.Contains(string(conf.Bytes()), "host-managed") || !strings.Contains(string(conf.Bytes()), "lxc.init.cmd: /.containerd-pve/init boot\n") || strings.Contains(string(conf.Bytes()), "entrypoint") {
 		t.Errorf("older Proxmox: %v, %v\n%s", all, err, conf.Bytes())
 	}
 	s.Host.Env = true

@@ -21,6 +21,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
 	pathrs "github.com/cyphar/filepath-securejoin/pathrs-lite"
+	"github.com/moby/sys/mountinfo"
 	"github.com/moby/sys/signal"
 	digest "github.com/opencontainers/go-digest"
 
@@ -227,7 +228,18 @@ func (s *Store) conf(i Image, o Options, p plan.Process, vmid int, gibs int64) (
 		}
 	}
 	for n, net := range o.Nets {
-		if err := conf.Set(fmt.Sprintf("net%d", n), net.String()); err != nil {
+		text := net.String()
+		// Proxmox leaves the addresses of what it does not know as a distribution to that, unless it is
+		// told; it knows the word since it knows entrypoints (pve-container 6.0.15).
+		if s.Host.Env && (net.DHCP4 || net.IP4.IsValid() || net.IP6.IsValid()) {
+			text += ",host-managed=1"
+		}
+		if err := conf.Set(fmt.Sprintf("net%d", n), text); err != nil {
+			return nil, false, err
+		}
+	}
+	if p.Args[0] == systemInit { // systemd mounts, which AppArmor keeps it from otherwise
+		if err := conf.Set("features", "nesting=1"); err != nil {
 			return nil, false, err
 		}
 	}
@@ -273,7 +285,7 @@ func (i Image) describe() string {
 	line("image", i.Name)
 	line("digest", i.Digest.String())
 	line("platform", platforms.Format(c.Platform))
-	if c.Created != nil {
+	if c.Created != nil && !c.Created.IsZero() {
 		line("created", c.Created.UTC().Format(time.RFC3339))
 	}
 	list := func(name string, set map[string]struct{}) {
@@ -414,6 +426,20 @@ func (s *Store) Remove(ctx context.Context, vmid int) error {
 	return s.remove(ctx, vmid)
 }
 
+// unmount unmounts a dataset wherever this process sees it.
+func unmount(dataset string) error {
+	all, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) { return i.FSType != "zfs" || i.Source != dataset, false })
+	if err != nil {
+		return fmt.Errorf("where %s is mounted: %w", dataset, err)
+	}
+	for _, i := range all {
+		if err := mount.Unmount(i.Mountpoint, 0); err != nil {
+			return fmt.Errorf("unmounting %s at %s: %w", dataset, i.Mountpoint, err)
+		}
+	}
+	return nil
+}
+
 func (s *Store) remove(ctx context.Context, vmid int) error {
 	err := s.Node.Change(ctx, vmid, func(c *pve.Conf) error {
 		if isOurs(c) && c.Lock() == "create" {
@@ -431,7 +457,11 @@ func (s *Store) remove(ctx context.Context, vmid int) error {
 		if err != nil {
 			return err
 		}
-		// Whoever took a snapshot of it: nothing is cloned of one.
+		// `pct clone` leaves it mounted on the node, and nobody uses it: nothing is cloned of it.
+		if err := unmount(dataset); err != nil {
+			return err
+		}
+		// Whoever took a snapshot of it.
 		var victims []string
 		for _, e := range entries {
 			if strings.HasPrefix(e.Name, dataset+"@") {
