@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -207,6 +208,7 @@ func TestImportRoots(t *testing.T) {
 			clean(t)
 		})
 	}
+	t.Run("lxc-busybox", importLXC)
 	if out := templateRun(t, 1, "import", root); !strings.Contains(out, "no OCI layout") {
 		t.Errorf("a directory of a root: %s", out)
 	}
@@ -220,6 +222,33 @@ func clean(t *testing.T) {
 		if strings.Contains(out, "io.containerd.pve.import") || strings.Contains(out, "containerd-pve-import") || strings.Contains(out, "extract-") {
 			t.Errorf("%v: %s", args, out)
 		}
+	}
+}
+
+// importLXC: a root that LXC's own template made becomes a template of ours, of which LXC's
+// own tools make a container that boots.
+func importLXC(t *testing.T) {
+	t.Cleanup(func() { command("zfs", "destroy", templates()) })
+	file := filepath.Join(t.TempDir(), "by-lxc.tar.xz")
+	program(t, "lxc-create", "-n", "by-lxc", "-t", "busybox", "-B", "dir")
+	t.Cleanup(func() { command("lxc-destroy", "-n", "by-lxc") })
+	want := treeOf(t, "/var/lib/lxc/by-lxc/rootfs")
+	program(t, "sh", "-c", "tar -C /var/lib/lxc/by-lxc/rootfs --numeric-owner --xattrs --format=posix -c . | xz -0 > "+file)
+	is := takeIn(t, "--name", "localhost/by-lxc:1", file)
+	if is.Template == nil || is.Format != "rootfs tarball" {
+		t.Fatalf("%+v", is)
+	}
+	t.Cleanup(func() { templateRun(t, 0, "rm", strconv.Itoa(is.Template.VMID)) })
+	if d := gocmp.Diff(want, unpacked(t, is.Image)); d != "" {
+		t.Errorf("the tree is another: %s", d)
+	}
+	lxcCopy(t, *is.Template, "of-by-lxc")
+	pid := lxcStart(t, "of-by-lxc")
+	if got := procList(t, pid, "cmdline")[0]; got != "/sbin/init" && got != "init" { // as busybox calls itself
+		t.Errorf("its init is %q", got)
+	}
+	if out := program(t, "lxc-attach", "-n", "of-by-lxc", "--", "/bin/sh", "-c", "echo inside"); out != "inside\n" {
+		t.Errorf("%q", out)
 	}
 }
 

@@ -49,6 +49,9 @@ func (i Image) process(root *os.File) (plan.Process, error) {
 			return p, fmt.Errorf("image %s names no command and has no %s to boot: %w: %w", i.Name, systemInit, err, errdefs.ErrFailedPrecondition)
 		}
 		p.Args = []string{systemInit}
+		if c.User == "" { // the kernel gives an init no groups either
+			return p, nil
+		}
 	}
 	passwd, err := readFile(root, "/etc/passwd")
 	if err != nil {

@@ -61,7 +61,7 @@ func imageWith(c ocispec.ImageConfig) Image {
 
 func TestProcess(t *testing.T) {
 	root := rootOf(t, map[string]string{
-		"etc/passwd": "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/srv:/bin/false\n", "etc/group": "root:x:0:\nlogs:x:4:web\nweb:x:34:\n", "sbin": "-> usr/sbin", "usr/sbin/init": "-> /lib/systemd/systemd",
+		"etc/passwd": "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/srv:/bin/false\n", "etc/group": "root:x:0:root\nlogs:x:4:web\nweb:x:34:\n", "sbin": "-> usr/sbin", "usr/sbin/init": "-> /lib/systemd/systemd",
 		"lib/systemd/systemd!": "ELF",
 	})
 	bare := rootOf(t, nil)
