@@ -3,7 +3,6 @@
 package integration
 
 import (
-	"cmp"
 	"encoding/json"
 	"fmt"
 	"io/fs"
@@ -19,9 +18,7 @@ import (
 
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/mount"
-	"github.com/containerd/continuity/sysx"
 	gocmp "github.com/google/go-cmp/cmp"
-	digest "github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	"golang.org/x/sys/unix"
 )
@@ -52,46 +49,11 @@ func takeIn(t *testing.T, args ...string) (is importedImage) {
 	return is
 }
 
-// treeOf is all that can be known of the files below a directory.
+// treeOf is filesOf without the root directory itself, of which an image knows nothing.
 func treeOf(t *testing.T, root string) map[string]string {
 	t.Helper()
-	all, first := map[string]string{}, map[uint64]string{}
-	must(t, filepath.WalkDir(root, func(p string, d fs.DirEntry, err error) error {
-		name, _ := filepath.Rel(root, p)
-		if err != nil || name == "." {
-			return err
-		}
-		var st unix.Stat_t
-		must(t, unix.Lstat(p, &st))
-		text := fmt.Sprintf("mode %o owner %d:%d time %d.%09d", st.Mode, st.Uid, st.Gid, st.Mtim.Sec, st.Mtim.Nsec)
-		if !d.IsDir() {
-			text += fmt.Sprintf(" size %d links %d device %x", st.Size, st.Nlink, st.Rdev)
-			if st.Nlink > 1 {
-				first[st.Ino] = cmp.Or(first[st.Ino], name)
-				text += " with " + first[st.Ino]
-			}
-		}
-		names, err := sysx.LListxattr(p)
-		must(t, err)
-		slices.Sort(names)
-		for _, n := range names {
-			value, err := sysx.LGetxattr(p, n)
-			must(t, err)
-			text += fmt.Sprintf(" %s=%q", n, value)
-		}
-		switch {
-		case d.Type() == fs.ModeSymlink:
-			to, err := os.Readlink(p)
-			must(t, err)
-			text += " to " + to
-		case d.Type().IsRegular():
-			data, err := os.ReadFile(p)
-			must(t, err)
-			text += " " + digest.FromBytes(data).String()
-		}
-		all[name] = text
-		return nil
-	}))
+	all := filesOf(t, root)
+	delete(all, "/.")
 	return all
 }
 

@@ -50,7 +50,7 @@ func filesOf(t *testing.T, dir string) map[string]string {
 		st := info.Sys().(*syscall.Stat_t)
 		text := fmt.Sprintf("%o %d:%d time %d.%09d", st.Mode, st.Uid, st.Gid, st.Mtim.Sec, st.Mtim.Nsec)
 		if !info.IsDir() {
-			text += fmt.Sprintf(" device %x size %d", st.Rdev, st.Size)
+			text += fmt.Sprintf(" device %x size %d links %d", st.Rdev, st.Size, st.Nlink)
 			if f, ok := first[st.Ino]; ok {
 				text += " is " + f
 			} else {

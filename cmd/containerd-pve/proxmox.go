@@ -51,16 +51,10 @@ func (d *disks) Ours(dataset string) bool { return d.store.Owns(dataset) }
 // Volume gives the disk the size of what is free: Proxmox takes one without a
 // limit for one of 0 bytes, and none was asked for.
 func (d *disks) Volume(ctx context.Context, vmid int, dataset string) (registry.Volume, error) {
-	self, err := d.node.Name()
+	conf, target, err := d.place(vmid)
 	if err != nil {
 		return registry.Volume{}, err
 	}
-	s, err := d.node.Storage(self, d.conf.Storage, d.conf.Dataset)
-	if err != nil {
-		return registry.Volume{}, err
-	}
-	name := volumeName(vmid)
-	target := path.Join(s.Pool, name)
 	if target != dataset {
 		there, err := d.Exists(ctx, target)
 		if err == nil && there {
@@ -75,10 +69,19 @@ func (d *disks) Volume(ctx context.Context, vmid int, dataset string) (registry.
 		return registry.Volume{}, fmt.Errorf("the size of a disk: %w", err)
 	}
 	size := max(free>>30, 1)
-	return registry.Volume{Conf: fmt.Sprintf("%s:%s,size=%dG", s.Name, name, size), Dataset: target, Size: size << 30}, nil
+	return registry.Volume{Conf: fmt.Sprintf("%s,size=%dG", conf, size), Dataset: target, Size: size << 30}, nil
 }
 
-func volumeName(vmid int) string { return fmt.Sprintf("subvol-%d-disk-0", vmid) }
+// place is a VMID's volume, as a conf names it and as ZFS does.
+func (d *disks) place(vmid int) (conf, dataset string, err error) {
+	self, err := d.node.Name()
+	if err != nil {
+		return "", "", err
+	}
+	s, err := d.node.Storage(self, d.conf.Storage, d.conf.Dataset)
+	name := fmt.Sprintf("subvol-%d-disk-0", vmid)
+	return s.Name + ":" + name, path.Join(s.Pool, name), err
+}
 
 const (
 	// settleLimit is less than a shim waits for a VMID.
@@ -87,15 +90,10 @@ const (
 )
 
 func (d *disks) Settle(ctx context.Context, vmid int) error {
-	self, err := d.node.Name()
+	_, target, err := d.place(vmid)
 	if err != nil {
 		return err
 	}
-	s, err := d.node.Storage(self, d.conf.Storage, d.conf.Dataset)
-	if err != nil {
-		return err
-	}
-	target := path.Join(s.Pool, volumeName(vmid))
 	for limit := time.Now().Add(settleLimit); time.Now().Before(limit); {
 		there, err := d.Exists(ctx, target)
 		if err != nil || !there || !d.store.Owns(target) {
