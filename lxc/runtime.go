@@ -285,7 +285,7 @@ func (r *Runtime) Create(ctx context.Context, o CreateOptions) (_ *Container, re
 	}
 	// liblxc opens the root's /dev before our hook could make it. The image is
 	// hostile: the path is resolved inside the root.
-	if err := makeDev(o.Rootfs); err != nil {
+	if err := makeDev(o.Rootfs, t.user); err != nil {
 		return nil, err
 	}
 	trees, err := prepareTrees(t, pveInit, filepath.Join(stateDir(o.Bundle), monitorDir))
@@ -318,10 +318,11 @@ func (r *Runtime) Cleanup(ctx context.Context, namespace, id, bundle string) (Ex
 			return exit, err
 		}
 		// Once: the state is gone now.
-		if spec, err := readSpec(bundle); err != nil {
-			log.G(ctx).WithError(err).Warnf("container %s: its poststop hooks", id)
-		} else {
+		switch spec, err := readSpec(bundle); {
+		case err == nil:
 			poststop(ctx, &CreateOptions{ID: id, Bundle: bundle, Spec: spec})
+		case !errors.Is(err, os.ErrNotExist): // a pod has none
+			log.G(ctx).WithError(err).Warnf("container %s: its poststop hooks", id)
 		}
 		if !known && alive {
 			exit, known = ExitStatus{Code: 128 + uint32(unix.SIGKILL), At: time.Now()}, true
@@ -373,8 +374,13 @@ func (r *Runtime) claim(st *state) error {
 
 // makeDev makes the directory /dev in the root if it is missing. On a read-only
 // root that lacks it there is nothing to be done, and liblxc says so.
-func makeDev(rootfs string) error {
-	if err := pathrs.MkdirAll(rootfs, "dev", 0o755); err != nil && !errors.Is(err, unix.EROFS) {
+func makeDev(rootfs string, user *userNamespace) error {
+	err := pathrs.MkdirAll(rootfs, "dev", 0o755)
+	if errors.Is(err, unix.EOVERFLOW) && user != nil {
+		// A mount that maps ids takes files of those that it maps only.
+		err = user.asRoot(func() error { return pathrs.MkdirAll(rootfs, "dev", 0o755) })
+	}
+	if err != nil && !errors.Is(err, unix.EROFS) {
 		return fmt.Errorf("make /dev in %s: %w", rootfs, err)
 	}
 	return nil

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 
 	"github.com/containerd/errdefs"
@@ -157,6 +158,26 @@ func (user *userNamespace) openPaths(lxcPath, bundle string) error {
 		return err
 	}
 	return os.Chmod(bundle, st.Mode().Perm()|0o010)
+}
+
+// asRoot calls f, which works on files alone, as the container's root.
+func (user *userNamespace) asRoot(f func() error) error {
+	uid, _ := hostID(user.uid, 0) // both are mapped: see mapIDs
+	gid, _ := hostID(user.gid, 0)
+	result := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread stays somebody else's
+		if err := unix.Setfsgid(int(gid)); err != nil {
+			result <- err
+			return
+		}
+		if err := unix.Setfsuid(int(uid)); err != nil {
+			result <- err
+			return
+		}
+		result <- f()
+	}()
+	return <-result
 }
 
 // raiseLimits lets a process's hard limits be what they are to become, if that
