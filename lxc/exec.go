@@ -167,7 +167,7 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 	wait := func() (*os.ProcessState, error) { err := cmd.Wait(); return cmd.ProcessState, err }
 	if c.enter != 0 {
 		handle.Close()
-		if child, handle, err = c.entered(ctx, cmd, ours, process); err != nil {
+		if child, handle, err = entered(ctx, cmd, ours, plan.Enter{Namespaces: c.enter, OOMScoreAdj: process.OOMScoreAdj, Rlimits: process.Rlimits}); err != nil {
 			return nil, fmt.Errorf("exec in container %s: %w", c.state.ID, err)
 		}
 		process.OOMScoreAdj = nil // set on the way in
@@ -224,9 +224,9 @@ func (c *Container) Exec(ctx context.Context, spec *specs.Process, stdio Stdio) 
 
 // entered waits for pve-init's way in, which ends with another process, a child
 // of ours as well, and returns that with its pidfd.
-func (c *Container) entered(ctx context.Context, cmd *exec.Cmd, ours *channel, process *plan.Process) (*os.Process, *os.File, error) {
+func entered(ctx context.Context, cmd *exec.Cmd, ours *channel, enter plan.Enter) (*os.Process, *os.File, error) {
 	m, err := func() (*message, error) {
-		if err := ours.send(ctx, plan.Enter{Namespaces: c.enter, OOMScoreAdj: process.OOMScoreAdj, Rlimits: process.Rlimits}); err != nil {
+		if err := ours.send(ctx, enter); err != nil {
 			return nil, err
 		}
 		return ours.receive(ctx)

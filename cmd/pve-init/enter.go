@@ -101,12 +101,16 @@ func enterCopy(e *plan.Enter, socket, exe, pidfd int) (int, error) {
 	}
 	defer unix.Close(failure[0])
 	empty := [1]byte{}
-	argv, envv := stringPointers([]string{"pve-init", "exec", strconv.Itoa(socket)}), stringPointers(os.Environ())
+	args, namespaces := []string{"pve-init", "exec", strconv.Itoa(socket)}, joined|e.Namespaces
+	if e.Hold {
+		args, namespaces = []string{"pve-init", "hold", strconv.Itoa(socket), strconv.Itoa(exe)}, unix.CLONE_NEWUSER
+	}
+	argv, envv := stringPointers(args), stringPointers(os.Environ())
 	c := copyPlan{
 		child:  -1,
 		pidfd:  uintptr(pidfd),
-		enter:  joined | e.Namespaces,
-		user:   e.Namespaces&unix.CLONE_NEWUSER != 0,
+		enter:  namespaces,
+		user:   namespaces&unix.CLONE_NEWUSER != 0,
 		exe:    uintptr(exe),
 		empty:  &empty[0],
 		argv:   &argv[0],

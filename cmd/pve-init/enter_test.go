@@ -19,7 +19,7 @@ import (
 
 // TestMain lets the test be pve-init itself.
 func TestMain(m *testing.M) {
-	if len(os.Args) > 1 && slices.Contains([]string{"enter", "exec"}, os.Args[1]) {
+	if len(os.Args) > 1 && slices.Contains([]string{"enter", "exec", "hold", "wait"}, os.Args[1]) {
 		main()
 	}
 	os.Exit(m.Run())

@@ -45,6 +45,15 @@
 //
 //	shim → init   Enter              what takes the host's rights
 //	init → shim   Event{Ready}       SCM_RIGHTS: a pidfd of the process that goes on
+//
+// A process that holds a pod's namespaces:
+//
+//	shim → init   Enter              only with a user namespace, as above
+//	shim → init   Hold{Split}        only then too: it could not be born in the others
+//	init → shim   Event{Ready}       SCM_RIGHTS: a pidfd of the process that goes on
+//	shim → init   Hold               what the namespaces are to have
+//	init → shim   EOF                they have it, and it waits
+//	init → shim   Event{Error}       at any moment instead
 package plan
 
 import (
@@ -200,6 +209,18 @@ type Enter struct {
 	// hard limits are raised here.
 	OOMScoreAdj *int                `json:"oomScoreAdj,omitempty"`
 	Rlimits     []specs.POSIXRlimit `json:"rlimits,omitempty"`
+	// Hold has the process enter the user namespace of the descriptor alone, and go on as hold.
+	Hold bool `json:"hold,omitempty"`
+}
+
+// Hold is what the first process of a pod's namespaces does.
+type Hold struct {
+	// Split are clone flags: another process in such namespaces goes on, with the next message.
+	Split uintptr `json:"split,omitempty"`
+	// Hostname is set in the uts namespace; "" leaves it alone.
+	Hostname string `json:"hostname,omitempty"`
+	// Sysctl keys with dots, as in the spec.
+	Sysctl map[string]string `json:"sysctl,omitempty"`
 }
 
 // Seccomp is a compiled filter: raw struct sock_filter array in host byte order

@@ -46,6 +46,7 @@ import (
 	"github.com/containerd-pve/containerd-pve/lxc/plan"
 	"github.com/containerd-pve/containerd-pve/lxc/seccomp"
 	"github.com/containerd-pve/containerd-pve/lxc/tree"
+	"github.com/containerd-pve/containerd-pve/shim/sandbox"
 	_ "github.com/containerd-pve/containerd-pve/shim/task" // registers the service
 )
 
@@ -345,6 +346,9 @@ func (m manager) Stop(ctx context.Context, id string) (containerdshim.StopStatus
 		if err := mount.UnmountRecursive(filepath.Join(bundle, "rootfs"), unix.MNT_DETACH); err != nil {
 			return containerdshim.StopStatus{}, fmt.Errorf("unmount rootfs: %w", err)
 		}
+	}
+	if err := sandbox.RemoveFiles(bundle); err != nil {
+		return containerdshim.StopStatus{}, err
 	}
 	dir, _ := os.Readlink(filepath.Join(bundle, "s"))
 	if address, err := containerdshim.CreateSocketAddress(ctx, socketRoot(dir), m.v.address, group(bundle, id), false); err == nil && !containerdshim.CanConnect(address) {

@@ -40,6 +40,14 @@ type Process interface {
 	Kill(ctx context.Context, sig unix.Signal) error
 }
 
+// Pod is the pod of the shim, if containerd has the shim keep it (the Sandbox service).
+type Pod interface {
+	// Serving says whether there is one. The shim stays as long.
+	Serving() bool
+	// Join gives a container of the pod what it shares with the others.
+	Join(spec *specs.Spec)
+}
+
 // lxcEngine is the real one.
 type lxcEngine struct{}
 

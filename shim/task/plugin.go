@@ -12,19 +12,25 @@ import (
 	"github.com/containerd/plugin"
 	"github.com/containerd/plugin/registry"
 	"golang.org/x/sys/unix"
+
+	"github.com/containerd-pve/containerd-pve/shim/sandbox"
 )
 
 func init() {
 	registry.Register(&plugin.Registration{
 		Type:     plugins.TTRPCPlugin,
 		ID:       "task",
-		Requires: []plugin.Type{plugins.EventPlugin, plugins.InternalPlugin},
+		Requires: []plugin.Type{plugins.EventPlugin, plugins.InternalPlugin, sandbox.Plugin},
 		InitFn: func(ic *plugin.InitContext) (any, error) {
 			publisher, err := ic.GetByID(plugins.EventPlugin, "publisher")
 			if err != nil {
 				return nil, err
 			}
 			sd, err := ic.GetByID(plugins.InternalPlugin, "shutdown")
+			if err != nil {
+				return nil, err
+			}
+			pod, err := ic.GetByID(sandbox.Plugin, "sandbox")
 			if err != nil {
 				return nil, err
 			}
@@ -43,7 +49,7 @@ func init() {
 					return nil
 				})
 			}
-			s := New(ic.Context, ns, lxcEngine{}, publisher.(shim.Publisher), down.Shutdown)
+			s := New(ic.Context, ns, lxcEngine{}, publisher.(shim.Publisher), pod.(Pod), down.Shutdown)
 			down.RegisterCallback(func(context.Context) error { return s.Close() })
 			return s, nil
 		},

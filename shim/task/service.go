@@ -23,13 +23,11 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/shim"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
-	grpcstatus "google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -37,6 +35,7 @@ import (
 	"github.com/containerd-pve/containerd-pve/lxc"
 	"github.com/containerd-pve/containerd-pve/shim/dhcp"
 	"github.com/containerd-pve/containerd-pve/shim/options"
+	"github.com/containerd-pve/containerd-pve/shim/rpc"
 	"github.com/containerd-pve/containerd-pve/shim/stdio"
 )
 
@@ -57,6 +56,7 @@ type Service struct {
 	namespace string
 	engine    Engine
 	events    *queue
+	pod       Pod
 	shutdown  func()
 
 	mu    sync.Mutex
@@ -84,11 +84,12 @@ type taskState struct {
 
 // New returns a service. shutdown is called when the last task is gone and
 // containerd has asked for it.
-func New(ctx context.Context, namespace string, engine Engine, publisher shim.Publisher, shutdown func()) *Service {
+func New(ctx context.Context, namespace string, engine Engine, publisher shim.Publisher, pod Pod, shutdown func()) *Service {
 	return &Service{
 		namespace: namespace,
 		engine:    engine,
 		events:    newQueue(context.WithoutCancel(ctx), publisher),
+		pod:       pod,
 		shutdown:  shutdown,
 		tasks:     make(map[string]*taskState),
 	}
@@ -101,44 +102,28 @@ func (s *Service) Close() error { return s.events.close() }
 // same on the wire, only the service's name differs.
 func (s *Service) RegisterTTRPC(server *ttrpc.Server) error {
 	methods := map[string]ttrpc.Method{
-		"State":      method(s.State),
-		"Create":     method(s.Create),
-		"Start":      method(s.Start),
-		"Delete":     method(s.Delete),
-		"Pids":       method(s.Pids),
-		"Pause":      method(s.Pause),
-		"Resume":     method(s.Resume),
-		"Checkpoint": method(s.Checkpoint),
-		"Kill":       method(s.Kill),
-		"Exec":       method(s.Exec),
-		"ResizePty":  method(s.ResizePty),
-		"CloseIO":    method(s.CloseIO),
-		"Update":     method(s.Update),
-		"Wait":       method(s.Wait),
-		"Stats":      method(s.Stats),
-		"Connect":    method(s.Connect),
-		"Shutdown":   method(s.Shutdown),
+		"State":      rpc.Method(s.State),
+		"Create":     rpc.Method(s.Create),
+		"Start":      rpc.Method(s.Start),
+		"Delete":     rpc.Method(s.Delete),
+		"Pids":       rpc.Method(s.Pids),
+		"Pause":      rpc.Method(s.Pause),
+		"Resume":     rpc.Method(s.Resume),
+		"Checkpoint": rpc.Method(s.Checkpoint),
+		"Kill":       rpc.Method(s.Kill),
+		"Exec":       rpc.Method(s.Exec),
+		"ResizePty":  rpc.Method(s.ResizePty),
+		"CloseIO":    rpc.Method(s.CloseIO),
+		"Update":     rpc.Method(s.Update),
+		"Wait":       rpc.Method(s.Wait),
+		"Stats":      rpc.Method(s.Stats),
+		"Connect":    rpc.Method(s.Connect),
+		"Shutdown":   rpc.Method(s.Shutdown),
 	}
 	for _, name := range []string{"containerd.task.v2.Task", "containerd.task.v3.Task"} {
 		server.RegisterService(name, &ttrpc.ServiceDesc{Methods: methods})
 	}
 	return nil
-}
-
-func method[Request, Response any](f func(context.Context, *Request) (*Response, error)) ttrpc.Method {
-	return func(ctx context.Context, unmarshal func(any) error) (any, error) {
-		var r Request
-		if err := unmarshal(&r); err != nil {
-			return nil, err
-		}
-		response, err := f(ctx, &r)
-		if err != nil {
-			// What else it wraps would be lines of its own in the client's message.
-			s := grpcstatus.Convert(errgrpc.ToGRPC(err))
-			return nil, grpcstatus.Error(s.Code(), s.Message())
-		}
-		return response, nil
-	}
 }
 
 var empty = &emptypb.Empty{}
@@ -204,6 +189,7 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	if spec.Process != nil {
 		spec.Process.Terminal = r.Terminal
 	}
+	s.pod.Join(spec)
 	if to, held := spec.Annotations[lxc.AnnotationRollback]; held {
 		return nil, fmt.Errorf("task %s: a rollback to %s was interrupted, and its files may not be those of its configuration: `containerd-pve container rollback %[2]s %[1]s` ends it: %[3]w", r.ID, to, errdefs.ErrFailedPrecondition)
 	}
@@ -796,11 +782,11 @@ func (s *Service) Connect(_ context.Context, r *api.ConnectRequest) (*api.Connec
 	return response, nil
 }
 
-// Shutdown ends the shim if no task is left.
+// Shutdown ends the shim if no task is left, and no pod.
 func (s *Service) Shutdown(_ context.Context, _ *api.ShutdownRequest) (*emptypb.Empty, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.tasks) == 0 {
+	if len(s.tasks) == 0 && !s.pod.Serving() {
 		s.shutdown()
 	}
 	return empty, nil

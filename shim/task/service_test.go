@@ -28,7 +28,14 @@ import (
 type fake struct {
 	execErr, startErr error
 	made              *fakeContainer // the last one
+	pod               fakePod
+	shut              bool
 }
+
+type fakePod struct{ serving, joined bool }
+
+func (p *fakePod) Serving() bool    { return p.serving }
+func (p *fakePod) Join(*specs.Spec) { p.joined = true }
 
 func (f *fake) Create(_ context.Context, _ lxc.Config, _ lxc.CreateOptions) (Container, error) {
 	f.made = &fakeContainer{fakeProcess: newFake(100), engine: f}
@@ -125,7 +132,7 @@ func (r *recorder) Close() error { return nil }
 func service(t *testing.T, f *fake) (*Service, *recorder, string) {
 	t.Helper()
 	r := &recorder{}
-	s := New(t.Context(), "default", f, r, func() {})
+	s := New(t.Context(), "default", f, r, &f.pod, func() { f.shut = true })
 	bundle := t.TempDir()
 	data, err := json.Marshal(specs.Spec{Process: &specs.Process{Args: []string{"x"}}, Root: &specs.Root{Path: "."}})
 	if err != nil {
@@ -288,4 +295,19 @@ func TestVersionsAreTheSameOnTheWire(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestShutdown: a shim stays while it has a task, or a pod.
+func TestShutdown(t *testing.T) {
+	f := &fake{pod: fakePod{serving: true}}
+	s, _, _ := service(t, f)
+	ask := func(want bool) {
+		t.Helper()
+		if _, err := s.Shutdown(t.Context(), &api.ShutdownRequest{}); err != nil || f.shut != want {
+			t.Errorf("shut down: %t, %v", f.shut, err)
+		}
+	}
+	ask(false)
+	f.pod.serving = false
+	ask(true)
 }
