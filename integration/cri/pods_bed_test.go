@@ -55,13 +55,18 @@ func node(t *testing.T, o Options, tests map[string]func(*bed)) {
 	t.Cleanup(func() { must(t, n.Stop()) })
 	_, err = n.Images.PullImage(ctx, &api.PullImageRequest{Image: &api.ImageSpec{Image: busybox, RuntimeHandler: Handler}})
 	must(t, err)
-	for name, test := range tests {
-		t.Run(name, func(t *testing.T) {
-			begin := time.Now()
-			defer func() { t.Logf("%.1f s", time.Since(begin).Seconds()) }()
-			test(&bed{t, n, ctx})
-		})
-	}
+	t.Run("pods", func(t *testing.T) {
+		for name, test := range tests {
+			t.Run(name, func(t *testing.T) {
+				if !alone[name] {
+					t.Parallel()
+				}
+				begin := time.Now()
+				defer func() { t.Logf("%.1f s", time.Since(begin).Seconds()) }()
+				test(&bed{t, n, ctx})
+			})
+		}
+	})
 	t.Run("nothing is left", func(t *testing.T) {
 		eventually(t, "what is left: "+strings.Join(left(), ", "), func() bool { return len(left()) == 0 })
 	})
@@ -213,9 +218,12 @@ func hostNamespaces(t *testing.T) map[string]string {
 }
 
 var all = map[string]func(*bed){
-	"life": life, "shims": shims, "streams": streams, "security": security, "volumes": volumes, "processes": processes, "host": host, "users": users,
+	"life": life, "streams": streams, "security": security, "volumes": volumes, "processes": processes, "host": host, "users": users,
 	"out of memory": outOfMemory, "restart": restart, "death": death,
 }
+
+// alone are those that count, or stop containerd.
+var alone = map[string]bool{"life": true, "restart": true, "shims": true}
 
 // TestPods: what a kubelet asks of a runtime, with a pause container in each pod.
 func TestPods(t *testing.T) { node(t, Options{Sandboxer: "podsandbox"}, all) }
