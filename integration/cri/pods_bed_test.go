@@ -91,7 +91,7 @@ func left() (what []string) {
 		}
 	}
 	for _, pattern := range []string{
-		"/sys/fs/cgroup/kubepods*/*pod*", "/sys/fs/cgroup/containerd-pve/*/*/cgroup.procs", "/var/lib/containerd-pve/lxc/*", "/run/netns/*", "/run/containerd/s/*",
+		"/sys/fs/cgroup/kubepods*/*pod*", "/sys/fs/cgroup/containerd-pve/monitor/*/cgroup.procs", "/sys/fs/cgroup/containerd-pve/containers/*/cgroup.procs", "/var/lib/containerd-pve/lxc/*", "/run/netns/*", "/run/containerd/s/*",
 		"/run/containerd/io.containerd.*/k8s.io/*", "/run/containerd/io.containerd.grpc.v1.cri/*/*", "/var/lib/containerd/io.containerd.grpc.v1.cri/*/*",
 	} {
 		files, _ := filepath.Glob(pattern)
