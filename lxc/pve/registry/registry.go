@@ -366,6 +366,14 @@ func (r *Registry) hasDisk(ctx context.Context, dataset string) (bool, error) {
 // the directory of the old name. Errors: NotFound; FailedPrecondition, it went to another node.
 func (r *Registry) conf(ctx context.Context, rec *Record) (*pve.Conf, error) {
 	conf, err := r.node.Read(rec.VMID)
+	if err == nil && conf.Empty() {
+		// The daemon ended between making it and writing it; the record was first. One that
+		// is being made now is locked, and not empty any more when Remove has the lock.
+		if err := r.node.Remove(ctx, rec.VMID, (*pve.Conf).Empty, func(*pve.Conf) error { return nil }); err != nil && !errdefs.IsFailedPrecondition(err) {
+			return nil, err
+		}
+		conf, err = r.node.Read(rec.VMID)
+	}
 	if !errdefs.IsNotFound(err) {
 		return conf, err
 	}
