@@ -451,18 +451,37 @@ func (r *Registry) Remove(ctx context.Context, namespace, id string) error {
 			if rec.Dataset == "" {
 				return nil
 			}
+			over, err := r.restoredOver(ctx, &rec, conf)
+			if err == nil && over {
+				err = fmt.Errorf("VMID %d is a backup that was restored: its conf stays: %w", rec.VMID, errdefs.ErrFailedPrecondition)
+			}
+			if err != nil {
+				return err
+			}
 			return r.disks.Drop(ctx, rec.Dataset, conf.Snapshots())
 		})
 		if err != nil && !errdefs.IsFailedPrecondition(err) {
 			return err
 		}
-		// One that is another guest's meanwhile stays.
+		// One that is another guest's meanwhile, or a backup's, stays.
 		return r.drop(rec)
 	})
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
 	return err
+}
+
+// restoredOver says whether a record's conf has a disk that is none of ours:
+// `pct restore --force` made both of a backup of the container, whose own disk it destroyed.
+func (r *Registry) restoredOver(ctx context.Context, rec *Record, conf *pve.Conf) (bool, error) {
+	rootfs, _ := conf.Get("rootfs")
+	volume, _, _ := strings.Cut(rootfs, ",")
+	dataset, err := r.disks.DatasetOf(volume)
+	if err != nil || dataset == "" || dataset == rec.Dataset || r.disks.Ours(dataset) {
+		return false, err
+	}
+	return r.disks.Exists(ctx, dataset)
 }
 
 // drop removes a record, if it is there.

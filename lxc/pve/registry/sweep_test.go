@@ -322,3 +322,25 @@ func TestAnswer(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestRestoredOver: `pct restore --force` put a backup in a container's place, which outlives that.
+func TestRestoredOver(t *testing.T) {
+	r, d := newRegistry(t)
+	r.register(t, "web", "tank/ours/web")
+	d.others, d.gone = []string{"tank/data/subvol-100-disk-1"}, []string{"tank/data/subvol-100-disk-0"}
+	if err := r.node.Change(t.Context(), 100, func(c *pve.Conf) error { return c.Set("rootfs", "tank:subvol-100-disk-1,size=8G") }); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		r.sweep(t, "web")
+		r.has(t, 100)
+	}
+	if err := r.Remove(t.Context(), "default", "web"); err != nil {
+		t.Error(err)
+	}
+	r.sweep(t)
+	r.has(t, 100)
+	if all, err := r.List(); err != nil || len(all) > 0 || len(d.dropped) > 0 {
+		t.Errorf("records %v, %v, snapshots %v", all, err, d.dropped)
+	}
+}
