@@ -127,6 +127,14 @@ func (d *disks) Exists(ctx context.Context, dataset string) (bool, error) {
 	return err == nil, err
 }
 
+func (d *disks) Foreign(ctx context.Context, dataset string) (bool, error) {
+	placed, err := snapshotter.Placed(ctx, d.zfs, dataset)
+	if errdefs.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil && !placed, err
+}
+
 func (d *disks) DatasetOf(volume string) (string, error) {
 	storage, name, ok := strings.Cut(volume, ":")
 	self, err := d.node.Name()

@@ -52,6 +52,8 @@ type Disks interface {
 	Show(ctx context.Context, dataset string) error
 	// Exists says whether there is a dataset of that name.
 	Exists(ctx context.Context, dataset string) (bool, error)
+	// Foreign says whether there is a dataset of that name that is none of ours, whatever was called so before.
+	Foreign(ctx context.Context, dataset string) (bool, error)
 	// DatasetOf is the dataset of a volume as a conf names it; empty if it is none on this node.
 	DatasetOf(volume string) (string, error)
 	// Drop destroys snapshots of a dataset of ours, if they are there.
@@ -451,7 +453,7 @@ func (r *Registry) Remove(ctx context.Context, namespace, id string) error {
 			if rec.Dataset == "" {
 				return nil
 			}
-			over, err := r.restoredOver(ctx, &rec, conf)
+			over, err := r.restoredOver(ctx, conf)
 			if err == nil && over {
 				err = fmt.Errorf("VMID %d is a backup that was restored: its conf stays: %w", rec.VMID, errdefs.ErrFailedPrecondition)
 			}
@@ -472,16 +474,16 @@ func (r *Registry) Remove(ctx context.Context, namespace, id string) error {
 	return err
 }
 
-// restoredOver says whether a record's conf has a disk that is none of ours:
-// `pct restore --force` made both of a backup of the container, whose own disk it destroyed.
-func (r *Registry) restoredOver(ctx context.Context, rec *Record, conf *pve.Conf) (bool, error) {
+// restoredOver says whether a record's conf has a disk that is none of ours: `pct restore`
+// made both of a backup of the container, whose own disk it or `pct destroy` destroyed.
+func (r *Registry) restoredOver(ctx context.Context, conf *pve.Conf) (bool, error) {
 	rootfs, _ := conf.Get("rootfs")
 	volume, _, _ := strings.Cut(rootfs, ",")
 	dataset, err := r.disks.DatasetOf(volume)
-	if err != nil || dataset == "" || dataset == rec.Dataset || r.disks.Ours(dataset) {
+	if err != nil || dataset == "" {
 		return false, err
 	}
-	return r.disks.Exists(ctx, dataset)
+	return r.disks.Foreign(ctx, dataset)
 }
 
 // drop removes a record, if it is there.

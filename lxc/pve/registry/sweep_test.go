@@ -323,24 +323,30 @@ func TestAnswer(t *testing.T) {
 	}
 }
 
-// TestRestoredOver: `pct restore --force` put a backup in a container's place, which outlives that.
+// TestRestoredOver: `pct restore --force` put a backup in a container's place, or
+// `pct destroy` and `pct restore`, after which the disk has the name of ours. It outlives that.
 func TestRestoredOver(t *testing.T) {
-	r, d := newRegistry(t)
-	r.register(t, "web", "tank/ours/web")
-	d.others, d.gone = []string{"tank/data/subvol-100-disk-1"}, []string{"tank/data/subvol-100-disk-0"}
-	if err := r.node.Change(t.Context(), 100, func(c *pve.Conf) error { return c.Set("rootfs", "tank:subvol-100-disk-1,size=8G") }); err != nil {
-		t.Fatal(err)
-	}
-	for range 2 {
-		r.sweep(t, "web")
+	for _, disk := range []string{"subvol-100-disk-1", "subvol-100-disk-0"} {
+		r, d := newRegistry(t)
+		r.register(t, "web", "tank/ours/web")
+		d.others = []string{"tank/data/" + disk}
+		if disk != "subvol-100-disk-0" {
+			d.gone = []string{"tank/data/subvol-100-disk-0"}
+		}
+		if err := r.node.Change(t.Context(), 100, func(c *pve.Conf) error { return c.Set("rootfs", "tank:"+disk+",size=8G") }); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			r.sweep(t, "web")
+			r.has(t, 100)
+		}
+		if err := r.Remove(t.Context(), "default", "web"); err != nil {
+			t.Error(err)
+		}
+		r.sweep(t)
 		r.has(t, 100)
-	}
-	if err := r.Remove(t.Context(), "default", "web"); err != nil {
-		t.Error(err)
-	}
-	r.sweep(t)
-	r.has(t, 100)
-	if all, err := r.List(); err != nil || len(all) > 0 || len(d.dropped) > 0 {
-		t.Errorf("records %v, %v, snapshots %v", all, err, d.dropped)
+		if all, err := r.List(); err != nil || len(all) > 0 || len(d.dropped) > 0 {
+			t.Errorf("%s: records %v, %v, snapshots %v", disk, all, err, d.dropped)
+		}
 	}
 }
