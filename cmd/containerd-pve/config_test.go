@@ -8,11 +8,12 @@ import (
 )
 
 func TestParseConfig(t *testing.T) {
-	c, err := parseConfig([]byte("dataset = 'tank/x'\nlog_level = 'debug'"))
+	var c config
+	err := c.parse([]byte("dataset = 'tank/x'\nlog_level = 'debug'"))
 	if err != nil || c.Dataset != "tank/x" || c.LogLevel != "debug" {
 		t.Errorf("%+v, %v", c, err)
 	}
-	if _, err := parseConfig([]byte("datset = 'x'")); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "datset") {
+	if err := new(config).parse([]byte("datset = 'x'")); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "datset") {
 		t.Errorf("%v", err)
 	}
 }
@@ -39,7 +40,7 @@ func TestComplete(t *testing.T) {
 func FuzzParseConfig(f *testing.F) {
 	f.Add([]byte("dataset = 'tank/x'"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		if _, err := parseConfig(data); err != nil && !errdefs.IsInvalidArgument(err) {
+		if err := new(config).parse(data); err != nil && !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%v", err)
 		}
 	})
