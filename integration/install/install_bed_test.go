@@ -118,6 +118,7 @@ func TestInstall(t *testing.T) {
 	fails(t, 0, dropIn, "containerd-pve install --dry-run")
 	fails(t, 0, `"action": "restart"`, "containerd-pve install --dry-run --format json")
 	fails(t, 3, "--yes", "containerd-pve install </dev/null")
+	fails(t, 3, "Go on?", "echo n | script -qec 'containerd-pve install' /dev/null")
 	fails(t, 2, "tank", "containerd-pve install --yes --dataset other/x")
 	is(t, before, "find /etc /var/lib/containerd-pve -type f 2>/dev/null | xargs md5sum")
 	must(t, os.MkdirAll(filepath.Dir(dropIn), 0o755))
