@@ -175,7 +175,10 @@ func (r *run) serviceBack(ctx context.Context) error {
 		todo = append(todo, []string{"systemctl", "disable", ourUnit})
 	}
 	if !r.active {
-		todo = append(todo, []string{"systemctl", "stop", ourUnit}, []string{"systemctl", "reset-failed", ourUnit})
+		todo = append(todo, []string{"systemctl", "stop", ourUnit})
+	}
+	if !r.active && r.h.is(ctx, "failed", ourUnit) { // of another systemd knows nothing any more
+		todo = append(todo, []string{"systemctl", "reset-failed", ourUnit})
 	}
 	return r.h.each(ctx, todo...)
 }
