@@ -105,6 +105,10 @@ func (c *containerd) dropIn() (string, error) {
 	if len(unpacks) == 0 {
 		unpacks = []map[string]any{{"platform": platform(), "snapshotter": "overlayfs", "differ": "walking"}}
 	}
+	diff, err := toml.Marshal(map[string][]string{"default": append([]string{differName}, differs...)})
+	if err != nil {
+		return "", err
+	}
 	var lists []string
 	for _, u := range append(unpacks, ours) {
 		text, err := toml.Marshal(said(u))
@@ -114,7 +118,7 @@ func (c *containerd) dropIn() (string, error) {
 		lists = append(lists, strings.TrimSpace(strings.ReplaceAll("\n"+string(text), "\n", "\n    ")))
 	}
 	var b strings.Builder
-	err := dropInTemplate.Execute(&b, map[string]any{"version": min(max(c.dump.Version, 2), 3), "differs": append([]string{differName}, differs...), "unpacks": lists})
+	err = dropInTemplate.Execute(&b, map[string]any{"version": min(max(c.dump.Version, 2), 3), "diff": strings.TrimSpace(string(diff)), "unpacks": lists})
 	return b.String(), err
 }
 

@@ -19,7 +19,7 @@ version = {{.version}}
   type = "diff"
   address = "/run/containerd-pve/snapshotter.sock"
 [plugins.'io.containerd.service.v1.diff-service']
-  default = [{{range $i, $d := .differs}}{{if $i}}, {{end}}{{printf "%q" $d}}{{end}}]
+  {{.diff}}
 
 # containerd 2.x: ` + "`ctr images pull`" + ` unpacks only for the snapshotters listed here.
 [plugins.'io.containerd.transfer.v1.local']

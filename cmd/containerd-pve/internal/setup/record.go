@@ -48,6 +48,12 @@ func (h *Host) record() (record, error) {
 	if r.Version != recordVersion {
 		return r, fmt.Errorf("%s is of version %d, not %d: use the containerd-pve that wrote it: %w", Record, r.Version, recordVersion, errdefs.ErrFailedPrecondition)
 	}
+	if r.Files == nil {
+		r.Files = map[string]digest.Digest{}
+	}
+	if r.Edits == nil {
+		r.Edits = map[string]edit{}
+	}
 	return r, nil
 }
 

@@ -443,6 +443,26 @@ func TestDropIn(t *testing.T) {
 	}
 }
 
+// FuzzDropIn: whatever containerd's configuration is, ours is one that it can read, and names us.
+func FuzzDropIn(f *testing.F) {
+	f.Add(dump24)
+	f.Add("[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\nsnapshotter = \"\\u0001\"\nlayer_types = ['a']\n")
+	f.Fuzz(func(t *testing.T, dump string) {
+		var c containerd
+		if toml.Unmarshal([]byte(dump), &c.dump) != nil {
+			return
+		}
+		text, err := c.dropIn()
+		var again effective
+		if err == nil {
+			err = toml.Unmarshal([]byte(text), &again)
+		}
+		if err != nil || again.Proxies[snapshotterName] == nil || again.Plugins.Diff.Default[0] != differName {
+			t.Errorf("%s: %v", text, err)
+		}
+	})
+}
+
 func TestAddImport(t *testing.T) {
 	const with = `imports = ["/etc/containerd/conf.d/*.toml"]` + "\n"
 	for _, c := range []struct{ name, text, want string }{
