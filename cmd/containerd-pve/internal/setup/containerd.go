@@ -118,7 +118,7 @@ func (c *containerd) dropIn() (string, error) {
 		lists = append(lists, strings.TrimSpace(strings.ReplaceAll("\n"+string(text), "\n", "\n    ")))
 	}
 	var b strings.Builder
-	err = dropInTemplate.Execute(&b, map[string]any{"version": min(max(c.dump.Version, 2), 3), "diff": strings.TrimSpace(string(diff)), "unpacks": lists})
+	err = dropInTemplate.Execute(&b, map[string]any{"version": c.dump.Version >= 3, "diff": strings.TrimSpace(string(diff)), "unpacks": lists})
 	return b.String(), err
 }
 
