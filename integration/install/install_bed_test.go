@@ -25,6 +25,9 @@ const (
 	dropIn  = "/etc/containerd/conf.d/containerd-pve.toml"
 )
 
+// admin is a configuration of containerd that is there before.
+const admin = "# an administrator's\nversion = 3\ndisabled_plugins = [\"io.containerd.cri.v1.runtime\", \"io.containerd.cri.v1.images\", \"io.containerd.grpc.v1.cri\", \"io.containerd.nri.v1.nri\"]\n"
+
 func must(t *testing.T, err error) {
 	t.Helper()
 	if err != nil {
@@ -72,9 +75,10 @@ func is(t *testing.T, want, command string) {
 	}
 }
 
-// host is one with containerd of systemd's and none of our programs.
+// host is one with containerd of systemd's and nothing of ours.
 func host(t *testing.T, program, text string) {
 	t.Helper()
+	try(t, "systemctl stop containerd containerd-pve; zfs destroy -r "+dataset+"; rm -rf /var/lib/containerd /var/lib/containerd-pve")
 	for _, p := range []string{"containerd-pve", "containerd-shim-pve-v2", "pve-init"} {
 		must(t, os.RemoveAll("/usr/local/bin/"+p))
 	}
@@ -104,11 +108,22 @@ func shim(t *testing.T, id string) string {
 	return pid
 }
 
+// collected waits until nothing of ours is in use any more.
+func collected(t *testing.T) {
+	t.Helper()
+	for range 60 {
+		if _, code := try(t, "containerd-pve uninstall --dry-run"); code == 0 {
+			return
+		}
+		time.Sleep(time.Second)
+	}
+	t.Error("there are snapshots still")
+}
+
 const run = "ctr run -d --runtime io.containerd.pve.v2 --snapshotter pve-zfs " + image
 
 // TestInstall: the package's life on a host with containerd 2.4.
 func TestInstall(t *testing.T) {
-	const admin = "# an administrator's\nversion = 3\ndisabled_plugins = [\"io.containerd.cri.v1.runtime\", \"io.containerd.cri.v1.images\", \"io.containerd.grpc.v1.cri\", \"io.containerd.nri.v1.nri\"]\n"
 	host(t, "/usr/local/bin/containerd", admin)
 	ok(t, "dpkg -i made/containerd-pve_1.0_*.deb")
 	is(t, "disabled", "systemctl is-enabled containerd-pve")
@@ -191,11 +206,7 @@ func TestInstall(t *testing.T) {
 	ok(t, "dpkg -i made/containerd-pve_1.1_*.deb && containerd-pve install --yes && containerd-pve check")
 	is(t, "hello", "ctr task exec --exec-id e3 two echo hello")
 	ok(t, "ctr task kill -s KILL two; sleep 1; ctr task delete two; ctr containers delete two; ctr images rm --sync $(ctr images ls -q)")
-	for end := time.Now().Add(time.Minute); ; time.Sleep(time.Second) { // containerd collects
-		if _, code := try(t, "containerd-pve uninstall --dry-run"); code == 0 || time.Now().After(end) {
-			break
-		}
-	}
+	collected(t)
 	must(t, os.WriteFile("/etc/containerd-pve/config.toml.d/install.toml", []byte("dataset = \""+dataset+"\"\nlog_level = \"debug\"\n"), 0o644))
 	fails(t, 0, "changed since", "containerd-pve uninstall --yes")
 	is(t, strings.TrimSpace(admin), "cat "+config)
@@ -213,7 +224,7 @@ func TestInstall(t *testing.T) {
 func TestInstall17(t *testing.T) {
 	text, err := os.ReadFile("/opt/containerd-1.7" + config)
 	must(t, err)
-	ok(t, "systemctl stop containerd; zfs destroy -r "+dataset+"; rm -rf /var/lib/containerd /var/lib/containerd-pve; dpkg-deb -x made/containerd-pve_1.0_*.deb /tmp/programs")
+	ok(t, "dpkg-deb -x made/containerd-pve_1.0_*.deb /tmp/programs")
 	host(t, "/opt/containerd-1.7/usr/bin/containerd", string(text))
 	ok(t, "install /tmp/programs/usr/bin/* /usr/local/bin/")
 	ok(t, "containerd-pve install --yes")
@@ -222,10 +233,11 @@ func TestInstall17(t *testing.T) {
 	ok(t, ctr+"ctr images pull --plain-http --snapshotter pve-zfs "+image+" | tail -1")
 	is(t, "hello", fmt.Sprintf("%s%s", ctr, strings.Replace(run, " -d", " --rm", 1)+" old echo hello"))
 	ok(t, ctr+"ctr images rm --sync "+image)
+	collected(t)
 	ok(t, "containerd-pve uninstall --yes")
 	is(t, strings.TrimSpace(string(text)), "cat "+config)
 	fails(t, 1, "does not exist", "zfs list "+dataset)
-	ok(t, "rm /usr/local/bin/containerd-pve /usr/local/bin/containerd-shim-pve-v2 /usr/local/bin/pve-init; rmdir /var/lib/containerd-pve/lxc")
+	ok(t, "rm /usr/local/bin/containerd-pve /usr/local/bin/containerd-shim-pve-v2 /usr/local/bin/pve-init")
 	if files := left(t); len(files) > 0 && !slices.Equal(files, []string{"/run/containerd-pve", "/var/lib/containerd-pve"}) {
 		t.Errorf("%q", files)
 	}
@@ -237,7 +249,7 @@ func TestInstall17(t *testing.T) {
 func TestInstallProxmox(t *testing.T) {
 	self, err := os.Hostname()
 	must(t, err)
-	host(t, "/usr/local/bin/containerd", "version = 3\n")
+	host(t, "/usr/local/bin/containerd", admin)
 	ok(t, "zfs list -H -o name tank/data 2>/dev/null || zfs create tank/data; mkdir -p /etc/pve /var/lib/lxc "+filepath.Dir(pve.Database)+"; touch "+pve.Database)
 	unmount, err := pmxcfs.New([]string{self}).Mount(self, "/etc/pve")
 	must(t, err)
@@ -264,6 +276,7 @@ func TestInstallProxmox(t *testing.T) {
 	ok(t, "dpkg -i made/containerd-pve_1.0_*.deb")
 	is(t, "hello", "ctr task exec --exec-id e2 node echo hello")
 	ok(t, "ctr task kill -s KILL node; sleep 1; ctr task delete node; ctr containers delete node; ctr images rm --sync "+image)
+	collected(t)
 	fails(t, 2, "No such file", "ls /etc/pve/lxc/100.conf")
 	fails(t, 1, "does not exist", "zfs list tank/data/subvol-100-disk-0")
 	ok(t, "containerd-pve uninstall --yes && dpkg -P containerd-pve")
