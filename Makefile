@@ -36,9 +36,10 @@ help:
 	echo 'make vm-shell    a shell in the test bed;  make vm-down ends its VM'
 	echo 'make lint        golangci-lint;  make clean removes ./bin, ./dist and ./.bed'
 
+build: release := $(shell git describe --tags --always --dirty 2>/dev/null)
 build:
 	mkdir -p bin
-	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o bin/ ./cmd/...
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.release=$(release)' -o bin/ ./cmd/...
 
 deb: build
 	deploy/deb/build dist
@@ -79,6 +80,7 @@ test-suite:
 conformance:
 	$(bed) conformance $(if $(value RUN),-run "$$RUN") $(if $(update),-update) $(if $(zfs),-zfs $(zfs))
 	$(if $(value RUN),,RUN='^TestLongProcessOfRunc$$' $(bed) test ./integration)
+	$(if $(value RUN),,RUN='^TestLong' $(bed) test ./integration/install)
 
 testbed:
 	$(bed) setup

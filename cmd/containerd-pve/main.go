@@ -70,7 +70,13 @@ func root() *cobra.Command {
 	return c
 }
 
+// release is the commit, of which `make build` tells the linker.
+var release string
+
 func version() string {
+	if release != "" {
+		return release
+	}
 	b, ok := debug.ReadBuildInfo()
 	if !ok || b.Main.Version == "" {
 		return "(devel)"

@@ -219,9 +219,9 @@ func TestInstall(t *testing.T) {
 	}
 }
 
-// TestInstall17: with Debian's containerd 1.7 and its configuration, and from a
+// TestLongInstall17: with Debian's containerd 1.7 and its configuration, and from a
 // directory of programs: no package has brought the unit.
-func TestInstall17(t *testing.T) {
+func TestLongInstall17(t *testing.T) {
 	text, err := os.ReadFile("/opt/containerd-1.7" + config)
 	must(t, err)
 	ok(t, "dpkg-deb -x made/containerd-pve_1.0_*.deb /tmp/programs")
@@ -243,10 +243,10 @@ func TestInstall17(t *testing.T) {
 	}
 }
 
-// TestInstallProxmox: on a node of Proxmox (its cluster's filesystem is the
+// TestLongInstallProxmox: on a node of Proxmox (its cluster's filesystem is the
 // stand-in) the storage decides, and the daemon may do what it has to: it
 // registers, moves and mounts the disk where the host sees it.
-func TestInstallProxmox(t *testing.T) {
+func TestLongInstallProxmox(t *testing.T) {
 	self, err := os.Hostname()
 	must(t, err)
 	host(t, "/usr/local/bin/containerd", admin)
