@@ -15,11 +15,12 @@ lint_version := v2.15.0
 lint := $(or $(CONTAINERD_PVE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/containerd-pve)/lint-$(lint_version)/golangci-lint
 
 .NOTPARALLEL:
-.PHONY: help build test test-unit test-bed test-suite fuzz conformance stress stress-reset demo bench bench-snapshots testbed vm-run vm-shell vm-down lint clean
+.PHONY: help build deb test test-unit test-bed test-suite fuzz conformance stress stress-reset demo bench bench-snapshots testbed vm-run vm-shell vm-down lint clean
 .SILENT: help conformance fuzz stress stress-reset vm-run vm-shell vm-down testbed demo bench bench-snapshots
 
 help:
 	echo 'make build       the programs, in ./bin'
+	echo 'make deb         the Debian package, in ./dist'
 	echo 'make test        all tests: lint and unit tests here, the rest in the test bed (a VM)'
 	echo 'make test-unit   unit tests only'
 	echo 'make test-bed    test bed only; packages=./shim chooses, TESTBED=host uses this host instead of a VM'
@@ -33,11 +34,15 @@ help:
 	echo 'make testbed     build the test bed (cached outside this directory)'
 	echo "make vm-run CMD='ctr version' FILES='a b'   run a command in the test bed, the FILES in /work"
 	echo 'make vm-shell    a shell in the test bed;  make vm-down ends its VM'
-	echo 'make lint        golangci-lint;  make clean removes ./bin and ./.bed'
+	echo 'make lint        golangci-lint;  make clean removes ./bin, ./dist and ./.bed'
 
+build: release := $(shell git describe --tags --always --dirty 2>/dev/null)
 build:
 	mkdir -p bin
-	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w' -o bin/ ./cmd/...
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.release=$(release)' -o bin/ ./cmd/...
+
+deb: build
+	deploy/deb/build dist
 
 # the suite changes /etc/hosts and takes port 443: in the VM only
 test: lint test-unit test-bed $(if $(filter host,$(TESTBED)),,test-suite)
@@ -75,6 +80,7 @@ test-suite:
 conformance:
 	$(bed) conformance $(if $(value RUN),-run "$$RUN") $(if $(update),-update) $(if $(zfs),-zfs $(zfs))
 	$(if $(value RUN),,RUN='^TestLongProcessOfRunc$$' $(bed) test ./integration)
+	$(if $(value RUN),,RUN='^TestLong' $(bed) test ./integration/install)
 
 testbed:
 	$(bed) setup
@@ -109,4 +115,4 @@ $(lint):
 	GOBIN=$(@D) CGO_ENABLED=0 GOFLAGS=-buildvcs=false GOWORK=off go install -trimpath -ldflags '-s -w' github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(lint_version)
 
 clean:
-	rm -rf bin .bed
+	rm -rf bin dist .bed

@@ -279,6 +279,33 @@ func TestProxmoxBehind(t *testing.T) {
 		_, code := command("zfs", "list", volume)
 		return code != 0
 	})
+
+	// pct destroy and pct restore of its backup: conf and volume have the names of ours.
+	o = start(t, options{id: "restored", args: []string{"sleep", "1000"}})
+	text = confOf(t, 100)
+	if _, err := o.task.Delete(o.ctx, client.WithProcessKill); err != nil {
+		t.Fatal(err)
+	}
+	o.task = nil
+	for _, args := range [][]string{{"destroy", "-r", volume}, {"create", volume}} {
+		if out, code := command(append([]string{"zfs"}, args...)...); code != 0 {
+			t.Fatal(out)
+		}
+	}
+	must(t, os.WriteFile(conf, []byte(text), 0o640))
+	o.remove()
+	eventually(t, time.Minute, "its record is gone", func() bool {
+		records, err := os.ReadDir("/var/lib/containerd-pve/proxmox")
+		return err == nil && len(records) == 0
+	})
+	collect(t)
+	if out, code := command("zfs", "list", volume); code != 0 || noConf(100) {
+		t.Errorf("what was restored is gone with the container: %s", out)
+	}
+	must(t, os.Remove(conf))
+	if out, code := command("zfs", "destroy", volume); code != 0 {
+		t.Error(out)
+	}
 }
 
 // shims are the processes of a container's shim and of its lxc-start.

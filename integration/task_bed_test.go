@@ -555,13 +555,10 @@ func removeFIFOs() {
 	}
 }
 
-// TestNothingIsLeft runs and removes 200 containers in a row, with exit codes from
-// 0 to 255 (each single one is tried by TestRestarts).
+// TestNothingIsLeft runs and removes containers in a row (STRESS_CONTAINERS of them),
+// with exit codes from 0 to 255 (each single one is tried by TestRestarts). What each of them left would be seen after a few.
 func TestNothingIsLeft(t *testing.T) {
-	runs := 200
-	if testing.Short() {
-		runs = 10
-	}
+	runs := fromEnv(t, "STRESS_CONTAINERS", 40)
 	// By the client: so many ctr would take longer than what is tried.
 	c := connect(t)
 	ctx, cancel := context.WithTimeout(namespaces.WithNamespace(context.Background(), "default"), 20*time.Minute)

@@ -158,6 +158,16 @@ func (s *snapshotter) Owns(dataset string) bool {
 	return err == nil
 }
 
+// Placed says whether the dataset of that name is one that Place moved there, and no
+// other that has its name since, such as a backup's. Errors: NotFound.
+func Placed(ctx context.Context, z interface {
+	Property(ctx context.Context, name, property string) (string, error)
+}, dataset string,
+) (bool, error) {
+	place, err := z.Property(ctx, dataset, propPlace)
+	return place == dataset, err
+}
+
 // Place implements Placer.
 func (s *snapshotter) Place(ctx context.Context, dataset, to string, props zfs.Properties) error {
 	fail := func(err error) error { return fmt.Errorf("moving %s to %s: %w", dataset, to, err) }

@@ -158,6 +158,9 @@ func TestConf(t *testing.T) {
 	if conf, all, err = s.conf(i, Options{Nets: []pve.Net{net}}, p, 900, 8); err != nil || all || strings.Contains(string(conf.Bytes()), "host-managed") || !strings.Contains(string(conf.Bytes()), "lxc.init.cmd: /.containerd-pve/init boot\n") || strings.Contains(string(conf.Bytes()), "entrypoint") {
 		t.Errorf("older Proxmox: %v, %v\n%s", all, err, conf.Bytes())
 	}
+	if want := "\nnot in effect: the addresses of net0,"; !strings.Contains(conf.Description(), want) || strings.Contains(pve.Parse([]byte(got)).Description(), want) {
+		t.Errorf("addresses of older Proxmox:\n%s", conf.Description())
+	}
 	s.Host.Env = true
 	for _, tc := range []plan.Process{
 		{Args: []string{"it's"}, Cwd: "/"},

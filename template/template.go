@@ -227,14 +227,18 @@ func (s *Store) conf(i Image, o Options, p plan.Process, vmid int, gibs int64) (
 			return nil, false, err
 		}
 	}
+	var without []string // interfaces that nobody gives an address
 	for n, net := range o.Nets {
-		text := net.String()
+		key, text := fmt.Sprintf("net%d", n), net.String()
 		// Proxmox leaves the addresses of what it does not know as a distribution to that, unless it is
 		// told; it knows the word since it knows entrypoints (pve-container 6.0.15).
-		if s.Host.Env && (net.DHCP4 || net.IP4.IsValid() || net.IP6.IsValid()) {
+		switch addressed := net.DHCP4 || net.IP4.IsValid() || net.IP6.IsValid(); {
+		case addressed && s.Host.Env:
 			text += ",host-managed=1"
+		case addressed:
+			without = append(without, key)
 		}
-		if err := conf.Set(fmt.Sprintf("net%d", n), text); err != nil {
+		if err := conf.Set(key, text); err != nil {
 			return nil, false, err
 		}
 	}
@@ -256,7 +260,11 @@ func (s *Store) conf(i Image, o Options, p plan.Process, vmid int, gibs int64) (
 			return nil, false, err
 		}
 	}
-	if err := conf.SetDescription(i.describe()); err != nil {
+	notes := i.describe()
+	if len(without) > 0 {
+		notes += fmt.Sprintf("not in effect: the addresses of %s, which Proxmox before pve-container 6.0.15 leaves to what runs in it\n\n", strings.Join(without, ", "))
+	}
+	if err := conf.SetDescription(notes); err != nil {
 		return nil, false, err
 	}
 	expressed, err = express(conf, s.Host, p)

@@ -67,11 +67,16 @@ func check(ctx context.Context, conf config, confErr error) []finding {
 			list = append(list, thisProxmox.check(ctx, conf)...)
 		}
 	}
-	list = append(list, result("cgroup", "version 2", cgroup2()))
+	return append(list, checkPrograms(ctx)...)
+}
+
+// checkPrograms says what the host has of what every container needs.
+func checkPrograms(ctx context.Context) []finding {
+	list := []finding{result("cgroup", "version 2", cgroup2())}
 	for _, p := range []struct{ program, hint string }{
 		{"zfs", "apt-get install zfsutils-linux"},
 		{"lxc-start", "apt-get install lxc"},
-		{"containerd-shim-pve-v2", "install it in /usr/local/bin"},
+		{"containerd-shim-pve-v2", "install the package, or put it in /usr/local/bin"},
 		{"pve-init", "install it beside containerd-shim-pve-v2"},
 		{"containerd", "apt-get install containerd"},
 	} {

@@ -55,40 +55,52 @@ type config struct {
 	MetricsAddress string `toml:"metrics_address"`
 }
 
-// readConfig reads the file; only a file that was asked for must exist.
+// readConfig reads the file and those of the directory FILE.d in the order of
+// their names (*.toml), of which the last to set a key decides; only a file that
+// was asked for must exist.
 func readConfig(path string, must bool) (config, error) {
-	data, err := os.ReadFile(path)
-	if errors.Is(err, os.ErrNotExist) && !must {
-		return config{}, nil
-	}
+	more, err := filepath.Glob(filepath.Join(escapeGlob(path)+".d", "*.toml"))
 	if err != nil {
 		return config{}, fmt.Errorf("configuration: %w", err)
 	}
-	c, err := parseConfig(data)
-	if err != nil {
-		return config{}, fmt.Errorf("configuration %s: %w", path, err)
+	var c config
+	for i, file := range append([]string{path}, more...) {
+		data, err := os.ReadFile(file)
+		if i == 0 && errors.Is(err, os.ErrNotExist) && !must {
+			continue
+		}
+		if err != nil {
+			return config{}, fmt.Errorf("configuration: %w", err)
+		}
+		if err := c.parse(data); err != nil {
+			return config{}, fmt.Errorf("configuration %s: %w", file, err)
+		}
 	}
 	return c, nil
 }
 
-// parseConfig refuses unknown keys by name.
-func parseConfig(data []byte) (config, error) {
-	var c config
+// escapeGlob has a path mean itself in a pattern.
+func escapeGlob(path string) string {
+	return strings.NewReplacer(`\`, `\\`, "*", `\*`, "?", `\?`, "[", `\[`).Replace(path)
+}
+
+// parse sets what the file sets and refuses unknown keys by name.
+func (c *config) parse(data []byte) error {
 	d := toml.NewDecoder(strings.NewReader(string(data)))
 	d.DisallowUnknownFields()
-	err := d.Decode(&c)
+	err := d.Decode(c)
 	var strict *toml.StrictMissingError
 	if errors.As(err, &strict) {
 		var keys []string
 		for _, e := range strict.Errors {
 			keys = append(keys, strings.Join(e.Key(), "."))
 		}
-		return c, fmt.Errorf("unknown key %s (known: dataset, root, address, containerd_address, zfs, log_level, log_format, metrics_address, proxmox_root, proxmox_database, registry_address, vmid_range, storage): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+		return fmt.Errorf("unknown key %s (known: dataset, root, address, containerd_address, zfs, log_level, log_format, metrics_address, proxmox_root, proxmox_database, registry_address, vmid_range, storage): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 	}
 	if err != nil {
-		return c, fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	return c, nil
+	return nil
 }
 
 // complete fills in what is not set and checks the rest.
@@ -121,7 +133,7 @@ func (c *config) complete() error {
 		c.LogFormat = "text"
 	}
 	if c.Dataset == "" {
-		return fmt.Errorf("no dataset: set dataset = \"POOL/containerd-pve\" in %s or give --dataset: %w", defaultConfig, errdefs.ErrInvalidArgument)
+		return fmt.Errorf("no dataset: run `containerd-pve install`, or set dataset = \"POOL/containerd-pve\" in %s, or give --dataset: %w", defaultConfig, errdefs.ErrInvalidArgument)
 	}
 	if strings.ContainsAny(c.Dataset, "@# \t\n") || strings.HasPrefix(c.Dataset, "/") || strings.HasPrefix(c.Dataset, "-") || strings.HasSuffix(c.Dataset, "/") {
 		return fmt.Errorf("dataset %q is not the name of a filesystem as in `zfs list`: %w", c.Dataset, errdefs.ErrInvalidArgument)

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"errors"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -8,11 +11,44 @@ import (
 )
 
 func TestParseConfig(t *testing.T) {
-	c, err := parseConfig([]byte("dataset = 'tank/x'\nlog_level = 'debug'"))
+	var c config
+	err := c.parse([]byte("dataset = 'tank/x'\nlog_level = 'debug'"))
 	if err != nil || c.Dataset != "tank/x" || c.LogLevel != "debug" {
 		t.Errorf("%+v, %v", c, err)
 	}
-	if _, err := parseConfig([]byte("datset = 'x'")); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "datset") {
+	if err := new(config).parse([]byte("datset = 'x'")); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "datset") {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestConfigDirectory: files of FILE.d go before FILE, the last of them before the others.
+func TestConfigDirectory(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "[odd] *.toml")
+	put := func(name, text string) {
+		t.Helper()
+		err := os.MkdirAll(filepath.Dir(name), 0o700)
+		if err == nil {
+			err = os.WriteFile(name, []byte(text), 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(path+".d/a.toml", "dataset = 'tank/a'\nzfs = 'go-zfs'")
+	if c, err := readConfig(path, false); err != nil || c.Dataset != "tank/a" {
+		t.Errorf("%+v, %v", c, err)
+	}
+	put(path, "dataset = 'tank/x'\nlog_level = 'debug'")
+	put(path+".d/b.toml", "dataset = 'tank/b'")
+	put(path+".d/c.toml~", "nonsense")
+	if c, err := readConfig(path, true); err != nil || c.Dataset != "tank/b" || c.LogLevel != "debug" || c.ZFS != "go-zfs" {
+		t.Errorf("%+v, %v", c, err)
+	}
+	put(path+".d/d.toml", "datset = ''")
+	if _, err := readConfig(path, true); !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), "d.toml") {
+		t.Errorf("%v", err)
+	}
+	if _, err := readConfig(path+"x", true); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("%v", err)
 	}
 }
@@ -39,7 +75,7 @@ func TestComplete(t *testing.T) {
 func FuzzParseConfig(f *testing.F) {
 	f.Add([]byte("dataset = 'tank/x'"))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		if _, err := parseConfig(data); err != nil && !errdefs.IsInvalidArgument(err) {
+		if err := new(config).parse(data); err != nil && !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%v", err)
 		}
 	})

@@ -258,7 +258,7 @@ func bootText(d template.Details, file string) string {
 		file = abs
 	}
 	words := []string{"pct", "create", "VMID", shellWord(file)}
-	for _, key := range []string{"arch", "cmode", "entrypoint", "hostname", "memory", "ostype", "swap", "unprivileged"} {
+	for _, key := range []string{"arch", "cmode", "entrypoint", "features", "hostname", "memory", "ostype", "swap", "unprivileged"} {
 		if v, ok := conf.Get(key); ok {
 			words = append(words, "--"+key, shellWord(v))
 		}

@@ -30,9 +30,9 @@ func TestExportFormat(t *testing.T) {
 }
 
 func TestBootText(t *testing.T) {
-	d := template.Details{Conf: "#notes\narch: amd64\nentrypoint: nginx -g \"it's;\"\nhostname: web\nmemory: 256\nnet0: name=eth0\nostype: unmanaged\nrootfs: local-zfs:basevol-100-disk-0,size=9G\ntemplate: 1\nunprivileged: 0\nlxc.signal.halt: 3\nlxc.environment.runtime: A=b c\n"}
+	d := template.Details{Conf: "#notes\narch: amd64\nentrypoint: nginx -g \"it's;\"\nfeatures: nesting=1\nhostname: web\nmemory: 256\nnet0: name=eth0\nostype: unmanaged\nrootfs: local-zfs:basevol-100-disk-0,size=9G\ntemplate: 1\nunprivileged: 0\nlxc.signal.halt: 3\nlxc.environment.runtime: A=b c\n"}
 	const want = `it boots as the image says with:
-  pct create VMID '/a b.tar' --arch amd64 --entrypoint 'nginx -g "it'\''s;"' --hostname web --memory 256 --ostype unmanaged --unprivileged 0 --rootfs STORAGE:9
+  pct create VMID '/a b.tar' --arch amd64 --entrypoint 'nginx -g "it'\''s;"' --features nesting=1 --hostname web --memory 256 --ostype unmanaged --unprivileged 0 --rootfs STORAGE:9
 and in /etc/pve/lxc/VMID.conf then:
   lxc.signal.halt: 3
   lxc.environment.runtime: A=b c

@@ -15,8 +15,19 @@ import (
 	"github.com/spf13/cobra"
 )
 
+// more are commands of a build with other tags.
+var more []func() *cobra.Command
+
 // errNotReady makes `check` end with status 1 without another message.
 var errNotReady = errors.New("this host is not ready")
+
+// exitError ends the program with another status than 1.
+type exitError struct {
+	status int
+	error
+}
+
+func (e exitError) Unwrap() error { return e.error }
 
 func main() { os.Exit(run()) }
 
@@ -27,6 +38,10 @@ func run() int {
 	if err := root().ExecuteContext(ctx); err != nil {
 		if !errors.Is(err, errNotReady) {
 			fmt.Fprintln(os.Stderr, "containerd-pve:", err)
+		}
+		var e exitError
+		if errors.As(err, &e) {
+			return e.status
 		}
 		return 1
 	}
@@ -40,7 +55,7 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	c.AddCommand(serveCommand(), checkCommand(), snapshotsCommand(), guardCommand(), containerCommand(), templateCommand(), &cobra.Command{
+	c.AddCommand(serveCommand(), checkCommand(), snapshotsCommand(), guardCommand(), containerCommand(), templateCommand(), installCommand(), uninstallCommand(), &cobra.Command{
 		Use:   "version",
 		Short: "print the version",
 		Args:  cobra.NoArgs,
@@ -49,10 +64,19 @@ func root() *cobra.Command {
 			return err
 		},
 	})
+	for _, f := range more {
+		c.AddCommand(f())
+	}
 	return c
 }
 
+// release is the commit, of which `make build` tells the linker.
+var release string
+
 func version() string {
+	if release != "" {
+		return release
+	}
 	b, ok := debug.ReadBuildInfo()
 	if !ok || b.Main.Version == "" {
 		return "(devel)"

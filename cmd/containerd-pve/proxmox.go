@@ -36,6 +36,8 @@ const stopSignalLabel = "io.containerd.image.config.stop-signal"
 type proxmox struct {
 	registry *registry.Registry
 	conn     *grpc.ClientConn
+	conf     config
+	zfs      zfs.Way
 }
 
 // disks are the snapshotter's, on the storages of this node.
@@ -125,6 +127,14 @@ func (d *disks) Exists(ctx context.Context, dataset string) (bool, error) {
 	return err == nil, err
 }
 
+func (d *disks) Foreign(ctx context.Context, dataset string) (bool, error) {
+	placed, err := snapshotter.Placed(ctx, d.zfs, dataset)
+	if errdefs.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil && !placed, err
+}
+
 func (d *disks) DatasetOf(volume string) (string, error) {
 	storage, name, ok := strings.Cut(volume, ":")
 	self, err := d.node.Name()
@@ -181,7 +191,7 @@ func newProxmox(conf config, z zfs.Way, s snapshotter.Store, conn *grpc.ClientCo
 	if err != nil {
 		return nil, err
 	}
-	p := &proxmox{registry: r, conn: conn}
+	p := &proxmox{registry: r, conn: conn, conf: conf, zfs: z}
 	r.Describe = p.describe
 	return p, nil
 }
@@ -350,6 +360,9 @@ func (p *proxmox) followOnce(ctx context.Context) error {
 		case <-look.C:
 			if err := p.registry.Sweep(ctx, p.exists); err != nil {
 				log.G(ctx).WithError(err).Warn("the containers of this node of Proxmox are looked at again later")
+			}
+			if err := p.releaseDestroyed(ctx); err != nil {
+				log.G(ctx).WithError(err).Debug("what is leased for templates is looked at again later") // one may be in the making
 			}
 			look.Reset(sweepPause)
 		case c := <-removed:

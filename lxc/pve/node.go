@@ -116,7 +116,7 @@ func (n *Node) Register(ctx context.Context, want int, of func(vmid int) (*Conf,
 		if err := checkVMID(want); err != nil {
 			return 0, err
 		}
-		err := n.create(want, of)
+		err := n.create(ctx, want, of)
 		if errors.Is(err, os.ErrExist) {
 			err = taken(want, err)
 		}
@@ -137,7 +137,7 @@ func (n *Node) Register(ctx context.Context, want int, of func(vmid int) (*Conf,
 		if taken[vmid] {
 			continue
 		}
-		err := n.create(vmid, of)
+		err := n.create(ctx, vmid, of)
 		if !errors.Is(err, os.ErrExist) {
 			return vmid, err
 		}
@@ -149,24 +149,31 @@ func (n *Node) Register(ctx context.Context, want int, of func(vmid int) (*Conf,
 	return 0, fmt.Errorf("no VMID from %d to %d is free (the range is vmid_range, or next-id in datacenter.cfg): %w", r.Lower, r.Upper-1, errdefs.ErrResourceExhausted)
 }
 
-// create fails with os.ErrExist if the number is taken.
-func (n *Node) create(vmid int, of func(int) (*Conf, error)) error {
+// create fails with os.ErrExist if the number is taken. The lock keeps programs
+// that change confs from the moment between its creation and its one write, which alone leaves an empty
+// one: Proxmox's own tools put whole confs in place by renaming them, which replaces one that is there.
+func (n *Node) create(ctx context.Context, vmid int, of func(int) (*Conf, error)) error {
 	conf, err := of(vmid)
 	if err != nil {
 		return err
 	}
-	name := n.conf(vmid)
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o640)
-	if err != nil {
-		return n.failure("registering", vmid, err)
-	}
-	// One write is one change of the cluster's: nobody reads half of it.
-	_, err = f.Write(conf.Bytes())
-	if err = errors.Join(err, f.Close()); err != nil {
-		return n.failure("registering", vmid, errors.Join(err, os.Remove(name)))
-	}
-	return nil
+	return n.locked(ctx, vmid, func() error {
+		name := n.conf(vmid)
+		f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o640)
+		if err != nil {
+			return n.failure("registering", vmid, err)
+		}
+		// One write is one change of the cluster's: nobody reads half of it.
+		_, err = f.Write(conf.Bytes())
+		if err = errors.Join(err, f.Close()); err != nil {
+			return n.failure("registering", vmid, errors.Join(err, os.Remove(name)))
+		}
+		return nil
+	})
 }
+
+// Empty says that nothing is in a conf, as create leaves it if it ends halfway.
+func (c *Conf) Empty() bool { return len(c.Bytes()) == 0 }
 
 // failure is of something done to a VMID. Errors: NotFound, Unavailable.
 func (n *Node) failure(doing string, vmid int, err error) error {

@@ -61,6 +61,21 @@ func InspectPool(ctx context.Context, dataset string) (Pool, error) {
 	return parsePool(p, string(out))
 }
 
+// Pools are the names of the imported pools.
+func Pools(ctx context.Context) ([]string, error) {
+	cmd := exec.CommandContext(ctx, "zpool", "list", "-H", "-o", "name")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if errors.Is(err, exec.ErrNotFound) {
+		return nil, notInstalled("zpool")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("zpool list: %s (%w)", strings.TrimSpace(stderr.String()), err)
+	}
+	return strings.Fields(string(out)), nil
+}
+
 // parsePool reads `zpool get -Hp -o property,value`.
 func parsePool(p Pool, out string) (Pool, error) {
 	var err [2]error

@@ -201,10 +201,9 @@ func (s *Store) taken(ctx context.Context, c Container, conf *pve.Conf) ([]Snaps
 		if ours && text == "" {
 			continue // of a container that is gone
 		}
-		if ours && conf != nil && !slices.Contains(conf.Snapshots(), name) {
-			if len(e.Clones) == 0 { // else it is destroyed when these are gone
-				left = append(left, e.Name)
-			}
+		// One that has clones is there until they are gone, `pct delsnapshot --force` or not.
+		if ours && conf != nil && len(e.Clones) == 0 && !slices.Contains(conf.Snapshots(), name) {
+			left = append(left, e.Name)
 			continue
 		}
 		clones, err := s.containersOf(ctx, e.Clones)
@@ -334,7 +333,7 @@ func (s *Store) Rollback(ctx context.Context, c Container, name string, force bo
 			}
 		}
 		if conf != nil && !slices.Contains(conf.Snapshots(), name) {
-			return fmt.Errorf("the conf of VMID %d does not list snapshot %s, which was taken by ZFS alone: %w", c.VMID, name, errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("the conf of VMID %d does not list snapshot %s, which only ZFS has: %w", c.VMID, name, errdefs.ErrFailedPrecondition)
 		}
 		if config, err = decode(all[i].own); err != nil {
 			return fmt.Errorf("snapshot %s of container %s: %w", name, c.ID, err)

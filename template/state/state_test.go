@@ -298,6 +298,15 @@ func TestClone(t *testing.T) {
 	// Proxmox's tools may take the section away all the same; and it may be of a container that is gone.
 	h.conf.RemoveSnapshot("two")
 	h.taken = append(h.taken, zfs.Entry{Name: ct.Dataset + "@containerd-pve-7", Own: zfs.Properties{snapshotter.PropTaken: ""}})
+	for _, err := range []error{s.Remove(ctx, ct, "two"), s.Rollback(ctx, ct, "one", true)} {
+		if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "(copy, tank/somebodys)") {
+			t.Errorf("without a section: %v", err)
+		}
+	}
+	if err := s.Take(ctx, ct, "two", ""); !errdefs.IsAlreadyExists(err) {
+		t.Errorf("without a section: %v", err)
+	}
+	isSteps(t, h, "")
 	if err := s.Take(ctx, ct, "three", ""); err != nil {
 		t.Error(err)
 	}

@@ -52,6 +52,8 @@ type Disks interface {
 	Show(ctx context.Context, dataset string) error
 	// Exists says whether there is a dataset of that name.
 	Exists(ctx context.Context, dataset string) (bool, error)
+	// Foreign says whether there is a dataset of that name that is none of ours, whatever was called so before.
+	Foreign(ctx context.Context, dataset string) (bool, error)
 	// DatasetOf is the dataset of a volume as a conf names it; empty if it is none on this node.
 	DatasetOf(volume string) (string, error)
 	// Drop destroys snapshots of a dataset of ours, if they are there.
@@ -366,6 +368,14 @@ func (r *Registry) hasDisk(ctx context.Context, dataset string) (bool, error) {
 // the directory of the old name. Errors: NotFound; FailedPrecondition, it went to another node.
 func (r *Registry) conf(ctx context.Context, rec *Record) (*pve.Conf, error) {
 	conf, err := r.node.Read(rec.VMID)
+	if err == nil && conf.Empty() {
+		// The daemon ended between making it and writing it; the record was first. One that
+		// is being made now is locked, and not empty any more when Remove has the lock.
+		if err := r.node.Remove(ctx, rec.VMID, (*pve.Conf).Empty, func(*pve.Conf) error { return nil }); err != nil && !errdefs.IsFailedPrecondition(err) {
+			return nil, err
+		}
+		conf, err = r.node.Read(rec.VMID)
+	}
 	if !errdefs.IsNotFound(err) {
 		return conf, err
 	}
@@ -443,18 +453,37 @@ func (r *Registry) Remove(ctx context.Context, namespace, id string) error {
 			if rec.Dataset == "" {
 				return nil
 			}
+			over, err := r.restoredOver(ctx, conf)
+			if err == nil && over {
+				err = fmt.Errorf("VMID %d is a backup that was restored: its conf stays: %w", rec.VMID, errdefs.ErrFailedPrecondition)
+			}
+			if err != nil {
+				return err
+			}
 			return r.disks.Drop(ctx, rec.Dataset, conf.Snapshots())
 		})
 		if err != nil && !errdefs.IsFailedPrecondition(err) {
 			return err
 		}
-		// One that is another guest's meanwhile stays.
+		// One that is another guest's meanwhile, or a backup's, stays.
 		return r.drop(rec)
 	})
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
 	return err
+}
+
+// restoredOver says whether a record's conf has a disk that is none of ours: `pct restore`
+// made both of a backup of the container, whose own disk it or `pct destroy` destroyed.
+func (r *Registry) restoredOver(ctx context.Context, conf *pve.Conf) (bool, error) {
+	rootfs, _ := conf.Get("rootfs")
+	volume, _, _ := strings.Cut(rootfs, ",")
+	dataset, err := r.disks.DatasetOf(volume)
+	if err != nil || dataset == "" {
+		return false, err
+	}
+	return r.disks.Foreign(ctx, dataset)
 }
 
 // drop removes a record, if it is there.

@@ -54,6 +54,10 @@ func (d *disks) Exists(_ context.Context, dataset string) (bool, error) {
 	return !slices.Contains(d.gone, dataset), nil
 }
 
+func (d *disks) Foreign(_ context.Context, dataset string) (bool, error) {
+	return slices.Contains(d.others, dataset) && !slices.Contains(d.gone, dataset), nil
+}
+
 func (d *disks) DatasetOf(volume string) (string, error) {
 	name, ok := strings.CutPrefix(volume, "tank:")
 	if !ok {

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -86,6 +87,36 @@ func TestSweep(t *testing.T) {
 	r.has(t)
 	if all, err := r.List(); err != nil || len(all) > 0 {
 		t.Errorf("records %v, %v", all, err)
+	}
+}
+
+// TestHalfMade: the daemon ended when it had made a conf and not yet written it.
+func TestHalfMade(t *testing.T) {
+	r, _ := newRegistry(t)
+	texts := map[string]string{}
+	for i, id := range []string{"swept", "started", "gone"} {
+		if vmid := r.register(t, id, "tank/ours/"+id); vmid != 100+i {
+			t.Fatal(vmid)
+		}
+		texts[id] = r.text(t, 100+i)
+		if err := os.Truncate(r.confFile(strconv.Itoa(100+i)), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Of nobody's record.
+	if err := os.WriteFile(r.confFile("200"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if vmid := r.register(t, "started", "tank/data/subvol-101-disk-0"); vmid != 101 || r.text(t, 101) != texts["started"] {
+		t.Errorf("started: VMID %d with\n%s", vmid, r.text(t, 101))
+	}
+	r.sweep(t, "swept", "started")
+	r.has(t, 100, 101)
+	if got := r.text(t, 100); got != texts["swept"] {
+		t.Errorf("swept:\n%s", got)
+	}
+	if guests, err := r.node.Guests(); err != nil || !slices.Equal(guests, []int{100, 101, 200}) {
+		t.Errorf("confs of %v, %v", guests, err)
 	}
 }
 
@@ -289,5 +320,33 @@ func TestAnswer(t *testing.T) {
 		return 0, nil
 	}); !errdefs.IsUnavailable(err) {
 		t.Error(err)
+	}
+}
+
+// TestRestoredOver: `pct restore --force` put a backup in a container's place, or
+// `pct destroy` and `pct restore`, after which the disk has the name of ours. It outlives that.
+func TestRestoredOver(t *testing.T) {
+	for _, disk := range []string{"subvol-100-disk-1", "subvol-100-disk-0"} {
+		r, d := newRegistry(t)
+		r.register(t, "web", "tank/ours/web")
+		d.others = []string{"tank/data/" + disk}
+		if disk != "subvol-100-disk-0" {
+			d.gone = []string{"tank/data/subvol-100-disk-0"}
+		}
+		if err := r.node.Change(t.Context(), 100, func(c *pve.Conf) error { return c.Set("rootfs", "tank:"+disk+",size=8G") }); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 {
+			r.sweep(t, "web")
+			r.has(t, 100)
+		}
+		if err := r.Remove(t.Context(), "default", "web"); err != nil {
+			t.Error(err)
+		}
+		r.sweep(t)
+		r.has(t, 100)
+		if all, err := r.List(); err != nil || len(all) > 0 || len(d.dropped) > 0 {
+			t.Errorf("%s: records %v, %v, snapshots %v", disk, all, err, d.dropped)
+		}
 	}
 }

@@ -33,7 +33,8 @@ type testPackage struct {
 
 	tests  []string // top-level names in files with the build tag
 	binary string
-	err    error // why there is no binary
+	made   string // directory of what bed.make made; empty without one
+	err    error  // why there is no binary
 	failed atomic.Bool
 }
 
@@ -276,6 +277,25 @@ func (p *testPackage) compile(ctx context.Context, repo, tmp string) {
 		return
 	}
 	p.binary = binary
+	p.make(ctx, repo, binary+".made")
+}
+
+// make calls the package's bed.make, a program that makes in the directory out what
+// its tests find in ./made of their guest.
+func (p *testPackage) make(ctx context.Context, repo, out string) {
+	program := filepath.Join(p.Dir, "bed.make")
+	if !exists(program) {
+		return
+	}
+	if p.err = os.Mkdir(out, 0o755); p.err != nil {
+		return
+	}
+	cmd := exec.CommandContext(ctx, program, out)
+	cmd.Dir = repo
+	if said, err := cmd.CombinedOutput(); err != nil {
+		p.err = fmt.Errorf("%s: %w\n%s", program, err, bytes.TrimSpace(said))
+	}
+	p.made = out
 }
 
 // argv are the test program's arguments. RUN and BENCH in the environment choose tests and benchmarks.
@@ -306,6 +326,9 @@ func (b *bed) testInGuest(ctx context.Context, p *job, programs []string, dir st
 	put[work+"/bed.test"] = p.binary
 	if data := filepath.Join(p.Dir, "testdata"); exists(data) {
 		put[work+"/testdata"] = data
+	}
+	if p.made != "" {
+		put[work+"/made"] = p.made
 	}
 	limited, cancel, err := limit(ctx, perPackage)
 	if err != nil {

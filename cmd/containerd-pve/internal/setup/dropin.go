@@ -1,0 +1,31 @@
+package setup
+
+import "text/template"
+
+// dropInTemplate is deploy/config/containerd-pve.toml, with the lists of this host (TestDropIn). For containerd 1.7 it has no
+// version: with one it could not be read beside a configuration of version 1, as Docker's package has.
+var dropInTemplate = template.Must(template.New("").Parse(`# By containerd-pve install. The lists have what ` + "`containerd config dump`" + ` said at that time: they go before those elsewhere.
+{{if .version}}version = 3
+{{end}}
+[proxy_plugins.pve-zfs]
+  type = "snapshot"
+  address = "/run/containerd-pve/snapshotter.sock"
+  # containerd 2.x: a user namespace maps the ids of the mount, and no file is copied or chowned.
+  capabilities = ["remap-ids"]
+
+# What ` + "`nerdctl commit`, `ctr snapshots diff`" + ` and BuildKit export of a snapshot of ours, ZFS tells: no tree is walked, a running
+# container can be exported, and times and attributes are kept. Other snapshotters' go to containerd's own, "walking".
+# All unpacking by the diff service then asks our daemon first: while it is down, that fails.
+[proxy_plugins.pve-zfs-diff]
+  type = "diff"
+  address = "/run/containerd-pve/snapshotter.sock"
+[plugins.'io.containerd.service.v1.diff-service']
+  {{.diff}}
+
+# containerd 2.x: ` + "`ctr images pull`" + ` unpacks only for the snapshotters listed here.
+[plugins.'io.containerd.transfer.v1.local']
+{{- range .unpacks}}
+  [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]
+    {{.}}
+{{- end}}
+`))
