@@ -28,9 +28,13 @@ import (
 type fake struct {
 	execErr, startErr error
 	made              *fakeContainer // the last one
+	making            chan struct{}  // Create ends when it is closed; nil: at once
 }
 
 func (f *fake) Create(_ context.Context, _ lxc.Config, _ lxc.CreateOptions) (Container, error) {
+	if f.making != nil {
+		<-f.making
+	}
 	f.made = &fakeContainer{fakeProcess: newFake(100), engine: f}
 	return f.made, nil
 }
@@ -287,5 +291,56 @@ func TestVersionsAreTheSameOnTheWire(t *testing.T) {
 				t.Errorf("%s differs in version 3", x.FullName())
 			}
 		}
+	}
+}
+
+// TestBeforeItIsMade: who asks for a task that is just being made, or closes its input, waits for that.
+func TestBeforeItIsMade(t *testing.T) {
+	f := &fake{making: make(chan struct{})}
+	s, _, bundle := service(t, f)
+	ctx := t.Context()
+	failed := make(chan error, 3)
+	go func() {
+		_, err := s.Create(ctx, &api.CreateTaskRequest{ID: "c", Bundle: bundle})
+		failed <- err
+	}()
+	for {
+		s.mu.Lock()
+		there := s.tasks["c"] != nil
+		s.mu.Unlock()
+		if there {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	short, cancel := context.WithTimeout(ctx, time.Millisecond)
+	defer cancel()
+	if _, err := s.State(short, &api.StateRequest{ID: "c"}); !errdefs.IsNotFound(err) {
+		t.Errorf("without the time: %v", err)
+	}
+	go func() {
+		r, err := s.State(ctx, &api.StateRequest{ID: "c"})
+		if err == nil && r.Status != task.Status_CREATED {
+			t.Errorf("it is %s", r.Status)
+		}
+		failed <- err
+	}()
+	go func() {
+		_, err := s.CloseIO(ctx, &api.CloseIORequest{ID: "c", Stdin: true})
+		failed <- err
+	}()
+	time.Sleep(10 * time.Millisecond)
+	close(f.making)
+	for range 3 {
+		if err := <-failed; err != nil {
+			t.Error(err)
+		}
+	}
+	// One that fails leaves nobody waiting.
+	if _, err := s.Create(ctx, &api.CreateTaskRequest{ID: "d", Bundle: t.TempDir()}); err == nil {
+		t.Error("a bundle without a configuration")
+	}
+	if _, err := s.State(ctx, &api.StateRequest{ID: "d"}); !errdefs.IsNotFound(err) {
+		t.Errorf("after its failure: %v", err)
 	}
 }
