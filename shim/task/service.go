@@ -74,6 +74,7 @@ type taskState struct {
 	leases  []*dhcp.Client
 
 	ready     chan struct{} // closed when Create is through
+	failed    chan struct{} // closed when it failed
 	container Container
 	init      *process
 	oomKills  atomic.Uint64
@@ -143,6 +144,23 @@ func (s *Service) find(id string) (*taskState, error) {
 	return nil, fmt.Errorf("task %s: %w", id, errdefs.ErrNotFound)
 }
 
+// await waits for the end of a task's Create, as runc's shim has everybody wait: a
+// client whose stdin has ended looks for its task and closes the input once (nerdctl's StdinCloser), which may
+// be before the task is made.
+func (s *Service) await(ctx context.Context, id string) {
+	s.mu.Lock()
+	t := s.tasks[id]
+	s.mu.Unlock()
+	if t == nil {
+		return
+	}
+	select {
+	case <-t.ready:
+	case <-t.failed:
+	case <-ctx.Done():
+	}
+}
+
 func (s *Service) findProcess(id, execID string) (*process, error) {
 	t, err := s.find(id)
 	if err != nil {
@@ -168,7 +186,7 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	if err != nil {
 		return nil, err
 	}
-	t := &taskState{service: s, id: r.ID, bundle: r.Bundle, ready: make(chan struct{}), execs: make(map[string]*process)}
+	t := &taskState{service: s, id: r.ID, bundle: r.Bundle, ready: make(chan struct{}), failed: make(chan struct{}), execs: make(map[string]*process)}
 	s.mu.Lock()
 	if s.tasks[r.ID] != nil {
 		s.mu.Unlock()
@@ -179,6 +197,7 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	defer func() {
 		if retErr != nil {
 			s.forget(t)
+			close(t.failed)
 		}
 	}()
 
@@ -532,7 +551,8 @@ func (t *taskState) delete(ctx context.Context) error {
 }
 
 // State tells what is known, without asking the container.
-func (s *Service) State(_ context.Context, r *api.StateRequest) (*api.StateResponse, error) {
+func (s *Service) State(ctx context.Context, r *api.StateRequest) (*api.StateResponse, error) {
+	s.await(ctx, r.ID)
 	p, err := s.findProcess(r.ID, r.ExecID)
 	if err != nil {
 		return nil, err
@@ -696,7 +716,8 @@ func anyOf(v any) (*anypb.Any, error) {
 }
 
 // CloseIO ends a process's stdin.
-func (s *Service) CloseIO(_ context.Context, r *api.CloseIORequest) (*emptypb.Empty, error) {
+func (s *Service) CloseIO(ctx context.Context, r *api.CloseIORequest) (*emptypb.Empty, error) {
+	s.await(ctx, r.ID)
 	p, err := s.findProcess(r.ID, r.ExecID)
 	if err != nil {
 		return nil, err

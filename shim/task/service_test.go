@@ -30,6 +30,7 @@ type fake struct {
 	made              *fakeContainer // the last one
 	pod               fakePod
 	shut              bool
+	making            chan struct{} // Create ends when it is closed; nil: at once
 }
 
 type fakePod struct{ serving, joined bool }
@@ -38,6 +39,9 @@ func (p *fakePod) Serving() bool    { return p.serving }
 func (p *fakePod) Join(*specs.Spec) { p.joined = true }
 
 func (f *fake) Create(_ context.Context, _ lxc.Config, _ lxc.CreateOptions) (Container, error) {
+	if f.making != nil {
+		<-f.making
+	}
 	f.made = &fakeContainer{fakeProcess: newFake(100), engine: f}
 	return f.made, nil
 }
@@ -310,4 +314,55 @@ func TestShutdown(t *testing.T) {
 	ask(false)
 	f.pod.serving = false
 	ask(true)
+}
+
+// TestBeforeItIsMade: who asks for a task that is just being made, or closes its input, waits for that.
+func TestBeforeItIsMade(t *testing.T) {
+	f := &fake{making: make(chan struct{})}
+	s, _, bundle := service(t, f)
+	ctx := t.Context()
+	failed := make(chan error, 3)
+	go func() {
+		_, err := s.Create(ctx, &api.CreateTaskRequest{ID: "c", Bundle: bundle})
+		failed <- err
+	}()
+	for {
+		s.mu.Lock()
+		there := s.tasks["c"] != nil
+		s.mu.Unlock()
+		if there {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	short, cancel := context.WithTimeout(ctx, time.Millisecond)
+	defer cancel()
+	if _, err := s.State(short, &api.StateRequest{ID: "c"}); !errdefs.IsNotFound(err) {
+		t.Errorf("without the time: %v", err)
+	}
+	go func() {
+		r, err := s.State(ctx, &api.StateRequest{ID: "c"})
+		if err == nil && r.Status != task.Status_CREATED {
+			t.Errorf("it is %s", r.Status)
+		}
+		failed <- err
+	}()
+	go func() {
+		_, err := s.CloseIO(ctx, &api.CloseIORequest{ID: "c", Stdin: true})
+		failed <- err
+	}()
+	time.Sleep(10 * time.Millisecond)
+	close(f.making)
+	for range 3 {
+		if err := <-failed; err != nil {
+			t.Error(err)
+		}
+	}
+	// One that fails leaves nobody waiting.
+	if _, err := s.Create(ctx, &api.CreateTaskRequest{ID: "d", Bundle: t.TempDir()}); err == nil {
+		t.Error("a bundle without a configuration")
+	}
+	if _, err := s.State(ctx, &api.StateRequest{ID: "d"}); !errdefs.IsNotFound(err) {
+		t.Errorf("after its failure: %v", err)
+	}
 }
