@@ -80,7 +80,7 @@ test-suite:
 conformance:
 	$(bed) conformance $(if $(value RUN),-run "$$RUN") $(if $(update),-update) $(if $(zfs),-zfs $(zfs))
 	$(if $(value RUN),,RUN='^TestLongProcessOfRunc$$' $(bed) test ./integration)
-	$(if $(value RUN),,RUN='^TestLong' $(bed) test ./integration/install)
+	$(if $(value RUN),,RUN='^TestLong' $(bed) test ./integration/install ./integration/cri)
 
 testbed:
 	$(bed) setup

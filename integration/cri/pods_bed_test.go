@@ -242,8 +242,8 @@ func TestPodsSystemd(t *testing.T) {
 	})
 }
 
-// TestOldContainerd: one shim a pod with those that start the shim's program for each container, too.
-func TestOldContainerd(t *testing.T) {
+// TestLongOldContainerd: one shim a pod with those that start the shim's program for each container, too.
+func TestLongOldContainerd(t *testing.T) {
 	for _, version := range []string{"2.2", "1.7"} {
 		t.Run(version, func(t *testing.T) {
 			node(t, Options{Sandboxer: "podsandbox", Containerd: version}, map[string]func(*bed){"shims": shims})
