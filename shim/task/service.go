@@ -75,6 +75,7 @@ type taskState struct {
 
 	ready     chan struct{} // closed when Create is through
 	failed    chan struct{} // closed when it failed
+	stdio     stdio.Config  // init's
 	container Container
 	init      *process
 	oomKills  atomic.Uint64
@@ -144,21 +145,24 @@ func (s *Service) find(id string) (*taskState, error) {
 	return nil, fmt.Errorf("task %s: %w", id, errdefs.ErrNotFound)
 }
 
-// await waits for the end of a task's Create, as runc's shim has everybody wait: a
-// client whose stdin has ended looks for its task and closes the input once (nerdctl's StdinCloser), which may
-// be before the task is made.
-func (s *Service) await(ctx context.Context, id string) {
+// await waits for the end of a task's Create, and returns a task that is still being made when
+// ctx or the time for it ends; nil: there is none, or it is made. runc's shim has everybody wait: a client whose
+// stdin has ended looks for its task and closes the input once (nerdctl's StdinCloser), which may be before
+// the task is made.
+func (s *Service) await(ctx context.Context, id string) *taskState {
 	s.mu.Lock()
 	t := s.tasks[id]
 	s.mu.Unlock()
 	if t == nil {
-		return
+		return nil
 	}
 	select {
 	case <-t.ready:
 	case <-t.failed:
 	case <-ctx.Done():
+		return t
 	}
+	return nil
 }
 
 func (s *Service) findProcess(id, execID string) (*process, error) {
@@ -186,7 +190,11 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	if err != nil {
 		return nil, err
 	}
-	t := &taskState{service: s, id: r.ID, bundle: r.Bundle, ready: make(chan struct{}), failed: make(chan struct{}), execs: make(map[string]*process)}
+	t := &taskState{service: s, id: r.ID, bundle: r.Bundle, ready: make(chan struct{}), failed: make(chan struct{}), execs: make(map[string]*process), stdio: stdio.Config{
+		Namespace: s.namespace, ID: r.ID,
+		Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal,
+		UID: o.IOUID, GID: o.IOGID,
+	}}
 	s.mu.Lock()
 	if s.tasks[r.ID] != nil {
 		s.mu.Unlock()
@@ -237,11 +245,7 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 			retErr = errors.Join(retErr, err)
 		}
 	}()
-	p := newProcess(t, "", stdio.Config{
-		Namespace: s.namespace, ID: r.ID,
-		Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal,
-		UID: o.IOUID, GID: o.IOGID,
-	})
+	p := newProcess(t, "", t.stdio)
 	if p.io, err = stdio.Open(ctx, p.config); err != nil {
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
@@ -550,9 +554,19 @@ func (t *taskState) delete(ctx context.Context) error {
 	return err
 }
 
+// stateTime is less than what containerd waits for a state (2 s): a task that takes longer to make is there, without a process.
+const stateTime = time.Second
+
 // State tells what is known, without asking the container.
 func (s *Service) State(ctx context.Context, r *api.StateRequest) (*api.StateResponse, error) {
-	s.await(ctx, r.ID)
+	short, cancel := context.WithTimeout(ctx, stateTime)
+	defer cancel()
+	if t := s.await(short, r.ID); t != nil && r.ExecID == "" {
+		return &api.StateResponse{
+			ID: t.id, Bundle: t.bundle, Status: task.Status_CREATED,
+			Stdin: t.stdio.Stdin, Stdout: t.stdio.Stdout, Stderr: t.stdio.Stderr, Terminal: t.stdio.Terminal,
+		}, nil
+	}
 	p, err := s.findProcess(r.ID, r.ExecID)
 	if err != nil {
 		return nil, err

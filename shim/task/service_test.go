@@ -337,8 +337,8 @@ func TestBeforeItIsMade(t *testing.T) {
 	}
 	short, cancel := context.WithTimeout(ctx, time.Millisecond)
 	defer cancel()
-	if _, err := s.State(short, &api.StateRequest{ID: "c"}); !errdefs.IsNotFound(err) {
-		t.Errorf("without the time: %v", err)
+	if r, err := s.State(short, &api.StateRequest{ID: "c"}); err != nil || r.Status != task.Status_CREATED || r.Pid != 0 {
+		t.Errorf("without the time: %v, %v", r, err)
 	}
 	go func() {
 		r, err := s.State(ctx, &api.StateRequest{ID: "c"})
