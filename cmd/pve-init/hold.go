@@ -31,7 +31,7 @@ func hold(fd, exe int) int {
 		}
 		return 0
 	}
-	return report(s, becomeHolder(&h, exe))
+	return report(s, becomeHolder(&h, s, exe))
 }
 
 // split has another process, a child of this one's parent, go on in new
@@ -54,7 +54,7 @@ func split(flags uintptr, s *socket, exe int) error {
 // becomeHolder sets what the namespaces are to have and gives up everything: the
 // containers of the pod may share its process namespace, and then what this
 // process may do, or can see of the host, is theirs.
-func becomeHolder(h *plan.Hold, exe int) error {
+func becomeHolder(h *plan.Hold, s *socket, exe int) error {
 	if h.Hostname != "" {
 		if err := unix.Sethostname([]byte(h.Hostname)); err != nil {
 			return failed(plan.ErrorInvalid, "hostname", err)
@@ -77,16 +77,12 @@ func becomeHolder(h *plan.Hold, exe int) error {
 	if err := (&process{}).setCredentials(); err != nil {
 		return err
 	}
-	// Until it ignores them none may end it.
-	var all unix.Sigset_t
-	for i := range all.Val {
-		all.Val[i] = ^all.Val[i]
-	}
-	if err := unix.PthreadSigmask(unix.SIG_SETMASK, &all, nil); err != nil {
-		return failed(plan.ErrorInternal, "blocking signals", err)
+	// It is closed when signals are ignored: until then the new program's runtime would end at some of them.
+	if _, err := unix.FcntlInt(uintptr(s.fd), unix.F_SETFD, 0); err != nil {
+		return failed(plan.ErrorInternal, "handing over the socket", err)
 	}
 	// Anew: the runtime's other threads have their rights still.
-	argv, envv, empty := stringPointers([]string{"pve-init", "wait"}), stringPointers(nil), [1]byte{}
+	argv, envv, empty := stringPointers([]string{"pve-init", "wait", strconv.Itoa(s.fd)}), stringPointers(nil), [1]byte{}
 	_, _, errno := unix.RawSyscall6(unix.SYS_EXECVEAT, uintptr(exe), uintptr(unsafe.Pointer(&empty[0])),
 		uintptr(unsafe.Pointer(&argv[0])), uintptr(unsafe.Pointer(&envv[0])), unix.AT_EMPTY_PATH, 0)
 	return failed(plan.ErrorInternal, "starting pve-init anew", errno)
@@ -115,14 +111,15 @@ func leaveRoot() error {
 }
 
 // wait is the verb wait: it holds the namespaces until it is killed, and leaves
-// no zombies as the first process of one.
-func wait() {
+// no zombies as the first process of one. That it does is said by the end of fd.
+func wait(fd int) {
 	const numSignals = 64
 	ignore := [8]uint64{1} // SIG_IGN, for SIGCHLD too: the kernel reaps then
 	for sig := 1; sig <= numSignals; sig++ {
 		// SIGKILL and SIGSTOP cannot be ignored.
 		_, _, _ = unix.RawSyscall6(unix.SYS_RT_SIGACTION, uintptr(sig), uintptr(unsafe.Pointer(&ignore)), 0, 8, 0, 0)
 	}
+	unix.Close(fd)
 	for {
 		_, _ = unix.Ppoll(nil, nil, nil)
 	}

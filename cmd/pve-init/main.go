@@ -21,10 +21,10 @@
 //	                      goes on as exec, from EXE, once it is in
 //	hold FD EXE           as the first process of a pod's namespaces, until it goes on
 //	                      as wait, from EXE
+//	wait FD               holds a pod's namespaces until it is killed
 //
 // Without a descriptor:
 //
-//	wait                  holds a pod's namespaces until it is killed
 //	boot                  as PID 1 of a container made of a template, which Proxmox or
 //	                      LXC starts by themselves: what to become is in a file of the root
 //
@@ -67,16 +67,11 @@ func main() {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		usage("PR_SET_DUMPABLE: " + err.Error())
 	}
-	if len(os.Args) == 2 {
-		switch os.Args[1] {
-		case "boot":
-			os.Exit(boot())
-		case "wait":
-			wait()
-		}
+	if len(os.Args) == 2 && os.Args[1] == "boot" {
+		os.Exit(boot())
 	}
 	if len(os.Args) < 3 {
-		usage("usage: pve-init mount|init FD [CGROUP] | exec FD [PIDFD] | enter FD EXE PIDFD | hold FD EXE | boot | wait")
+		usage("usage: pve-init mount|init FD [CGROUP] | exec FD [PIDFD] | enter FD EXE PIDFD | hold FD EXE | wait FD | boot")
 	}
 	args := make([]int, len(os.Args)-2)
 	for i, text := range os.Args[2:] {
@@ -105,6 +100,8 @@ func main() {
 		os.Exit(runProcess(args[0], false, entered))
 	case verb == "enter" && len(args) == 3:
 		os.Exit(enterFirst(args[0], args[1], args[2]))
+	case verb == "wait" && len(args) == 1:
+		wait(args[0])
 	case verb == "hold" && len(args) == 2:
 		os.Exit(hold(args[0], args[1]))
 	default:
