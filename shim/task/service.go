@@ -589,6 +589,7 @@ func (s *Service) State(ctx context.Context, r *api.StateRequest) (*api.StateRes
 
 // Wait comes back with the status when the process has ended, for ever after.
 func (s *Service) Wait(ctx context.Context, r *api.WaitRequest) (*api.WaitResponse, error) {
+	s.await(ctx, r.ID)
 	p, err := s.findProcess(r.ID, r.ExecID)
 	if err != nil {
 		return nil, err

@@ -316,12 +316,12 @@ func TestShutdown(t *testing.T) {
 	ask(true)
 }
 
-// TestBeforeItIsMade: who asks for a task that is just being made, or closes its input, waits for that.
+// TestBeforeItIsMade: who asks for a task that is just being made, closes its input, or waits for its end (nerdctl's logging program), waits for that.
 func TestBeforeItIsMade(t *testing.T) {
 	f := &fake{making: make(chan struct{})}
 	s, _, bundle := service(t, f)
 	ctx := t.Context()
-	failed := make(chan error, 3)
+	failed := make(chan error, 4)
 	go func() {
 		_, err := s.Create(ctx, &api.CreateTaskRequest{ID: "c", Bundle: bundle})
 		failed <- err
@@ -351,9 +351,21 @@ func TestBeforeItIsMade(t *testing.T) {
 		_, err := s.CloseIO(ctx, &api.CloseIORequest{ID: "c", Stdin: true})
 		failed <- err
 	}()
+	go func() {
+		w, err := s.Wait(ctx, &api.WaitRequest{ID: "c"})
+		if err == nil && w.ExitStatus != 137 {
+			t.Errorf("it ended with %d", w.ExitStatus)
+		}
+		failed <- err
+	}()
 	time.Sleep(10 * time.Millisecond)
 	close(f.making)
-	for range 3 {
+	for i := range cap(failed) {
+		if i == cap(failed)-1 { // all but Wait
+			if _, err := s.Kill(ctx, &api.KillRequest{ID: "c", Signal: 9}); err != nil {
+				t.Error(err)
+			}
+		}
 		if err := <-failed; err != nil {
 			t.Error(err)
 		}
