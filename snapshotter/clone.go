@@ -111,8 +111,12 @@ func (s *snapshotter) checkSource(ctx context.Context, of, key, parent string) e
 }
 
 // destroyTaken tries again what failed, where snapshots of the containers' state
-// are in the way, as long as that helps, and answers what still does. live are the records' keys.
-func (s *snapshotter) destroyTaken(ctx context.Context, victims []string, failed map[string]error, live map[string]string) (map[string]error, error) {
+// are in the way, as long as that helps, and answers what still does.
+func (s *snapshotter) destroyTaken(ctx context.Context, victims []string, failed map[string]error) (map[string]error, error) {
+	live, err := s.live(ctx)
+	if err != nil {
+		return failed, err
+	}
 	for {
 		var again []string
 		some := false

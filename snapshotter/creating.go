@@ -73,6 +73,12 @@ func (c *creations) end(id string) {
 	delete(c.ids, id)
 }
 
+func (c *creations) has(id string) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ids[id] != nil
+}
+
 // retry starts all that lack something and for which nothing is on its way.
 func (c *creations) retry() map[string]creation {
 	c.mu.Lock()

@@ -23,13 +23,15 @@ import (
 
 // fake is a ZFS that has only names and user properties.
 type fake struct {
-	mu       sync.Mutex
-	datasets map[string]zfs.Properties
-	creating func(name string)       // called before a filesystem is made
-	setting  func(name string) error // called before properties are set
-	renaming func() error            // called before a filesystem is renamed
-	objects  int64                   // in every snapshot; 0: not counted
-	taken    int                     // snapshots so far, which createtxg of each counts
+	mu         sync.Mutex
+	datasets   map[string]zfs.Properties
+	creating   func(name string)       // called before a filesystem is made
+	setting    func(name string) error // called before properties are set
+	renaming   func() error            // called before a filesystem is renamed
+	objects    int64                   // in every snapshot; 0: not counted
+	destroying error                   // what DestroyAll answers
+	listed     int                     // calls of Children
+	taken      int                     // snapshots so far, which createtxg of each counts
 }
 
 func (f *fake) Create(_ context.Context, name string, p zfs.Properties) error {
@@ -88,6 +90,12 @@ func (f *fake) Destroy(ctx context.Context, name string) error {
 
 // DestroyAll leaves what a clone needs, and filesystems with snapshots.
 func (f *fake) DestroyAll(ctx context.Context, names []string) (map[string]error, error) {
+	f.mu.Lock()
+	refused := f.destroying
+	f.mu.Unlock()
+	if refused != nil {
+		return nil, refused
+	}
 	failed := map[string]error{}
 	for _, name := range names {
 		if f.needed(name) {
@@ -230,6 +238,7 @@ func (f *fake) Objects(context.Context, string) (int64, error) {
 func (f *fake) Children(_ context.Context, parent string) ([]string, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	f.listed++
 	var names []string
 	for name := range f.datasets {
 		if path.Dir(name) == parent && !strings.Contains(name, "@") {

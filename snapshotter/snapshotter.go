@@ -17,7 +17,6 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
-	"sort"
 	"strconv"
 	"strings"
 	"sync"
@@ -69,7 +68,9 @@ type snapshotter struct {
 	keeps     keeps
 	commits   *locker.Locker // by key: a leftover @snapshot of a crash is told from a racing Commit's
 	objects   objects
+	doomed    doomed
 	cleaning  *semaphore.Weighted // one Cleanup at a time
+	listed    bool                // all datasets were looked at once; cleaning's
 	cleaned   cleaned
 	closeOnce sync.Once
 	closeErr  error
@@ -195,7 +196,7 @@ func claim(ctx context.Context, z zfs.ZFS, dataset, store string) error {
 func (s *snapshotter) sweep(ctx context.Context) {
 	defer close(s.done)
 	for {
-		if err := s.Cleanup(ctx); err != nil && ctx.Err() == nil {
+		if err := s.clean(ctx, true); err != nil && ctx.Err() == nil {
 			log.G(ctx).WithError(err).Warn("cleanup")
 		}
 		if err := s.settle(ctx); err != nil && ctx.Err() == nil {
@@ -398,10 +399,15 @@ func checkMapping(labels map[string]string) error {
 
 // undoCreate drops the record of a dataset that could not be made.
 func (s *snapshotter) undoCreate(ctx context.Context, key string) error {
-	return s.write(context.WithoutCancel(ctx), func(ctx context.Context) error {
-		_, _, err := storage.Remove(ctx, key)
+	var id string
+	err := s.write(context.WithoutCancel(ctx), func(ctx context.Context) (err error) {
+		id, _, err = storage.Remove(ctx, key)
 		return err
 	})
+	if err == nil {
+		s.doomed.add(id) // it may be there all the same
+	}
+	return err
 }
 
 func (s *snapshotter) mounts(kind snapshots.Kind, id string, labels map[string]string) []mount.Mount {
@@ -493,93 +499,8 @@ func (s *snapshotter) Remove(ctx context.Context, key string) error {
 		return err
 	})
 	if err == nil {
+		s.doomed.add(id)
 		s.keeps.end(id)
 	}
 	return err
-}
-
-// Cleanup destroys the marked datasets that no record names. What is in use is
-// logged and left to the next call.
-func (s *snapshotter) Cleanup(ctx context.Context) error {
-	// The one before may wait for ZFS.
-	if err := s.cleaning.Acquire(ctx, 1); err != nil {
-		return err
-	}
-	defer s.cleaning.Release(1)
-	if err := s.completeAll(ctx); err != nil {
-		return err
-	}
-	s.keeps.wait() // a mount would be in the way
-	// Datasets before records: one made in between is in the records only.
-	names, err := s.zfs.Children(ctx, s.dataset)
-	if err != nil {
-		return fmt.Errorf("listing %s: %w", s.dataset, s.lostRoot(err))
-	}
-	var live map[string]string
-	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) (err error) {
-		live, err = keysByID(ctx)
-		return err
-	})
-	if err != nil {
-		return fmt.Errorf("reading the records: %w", err)
-	}
-	of := s.places.all()
-	for _, name := range names {
-		if id := strings.TrimPrefix(name, s.dataset+"/"); of[id] == "" {
-			of[id] = name
-		}
-	}
-	var ids []uint64
-	var gone []string
-	for id, name := range of {
-		n, err := strconv.ParseUint(id, 10, 64)
-		if _, ok := live[id]; ok || err != nil {
-			continue
-		}
-		mark, err := s.zfs.Property(ctx, name, propID)
-		if errdefs.IsNotFound(err) {
-			gone = append(gone, id)
-			continue
-		}
-		if err != nil {
-			return fmt.Errorf("whose is %s: %w", name, err)
-		}
-		if mark == id {
-			ids = append(ids, n)
-		}
-	}
-	// A clone is younger than its origin, and must go first.
-	sort.Slice(ids, func(i, j int) bool { return ids[i] > ids[j] })
-	victims := make([]string, 0, 2*len(ids))
-	for _, n := range ids {
-		id := strconv.FormatUint(n, 10)
-		if name := s.places.get(id); name != "" {
-			s.hide(ctx, name)
-		}
-		victims = append(victims, s.name(id)+committed, s.name(id))
-		s.objects.forget(id)
-	}
-	failed, err := s.zfs.DestroyAll(ctx, victims)
-	if err == nil && len(failed) > 0 {
-		failed, err = s.destroyTaken(ctx, victims, failed, live)
-	}
-	left := 0
-	for _, n := range ids {
-		name := s.name(strconv.FormatUint(n, 10))
-		// Of the two the snapshot says more: the filesystem stays because of it.
-		if err := cmp.Or(failed[name+committed], failed[name]); err != nil {
-			log.G(ctx).WithError(err).WithField("dataset", name).Warn("not destroyed yet; tried again later")
-			left++
-			continue
-		}
-		gone = append(gone, strconv.FormatUint(n, 10))
-	}
-	if err == nil {
-		err = s.forgetPlaces(ctx, gone)
-	}
-	s.cleaned.count(len(ids), left, err)
-	if err != nil {
-		return fmt.Errorf("destroying what no record names: %w", err)
-	}
-	return nil
 }
