@@ -50,12 +50,19 @@ this process, as they do within containerd. Needs root; the dataset is made and 
 			}
 			// What the others log of their own failures is in the errors too.
 			_ = log.SetLevel("error")
-			report, err := measureSnapshots(c.Context(), o, images, progress(c.ErrOrStderr()))
-			if report == nil {
+			subjects, remove, err := makeSubjects(c.Context(), o)
+			if err != nil {
 				return err
 			}
-			// Hours may be in what was measured before it failed or was interrupted.
-			return errors.Join(err, report.write(c.OutOrStdout(), o.format))
+			say := progress(c.ErrOrStderr())
+			report, err := measureSnapshots(c.Context(), o, subjects, images, say)
+			// Hours may be in what was measured before it failed or was interrupted, and
+			// thousands of datasets are not destroyed at once.
+			err = errors.Join(err, report.write(c.OutOrStdout(), o.format))
+			say("destroying %s", o.dataset)
+			err = errors.Join(err, remove())
+			say("")
+			return err
 		},
 	}
 	c.Flags().StringVar(&o.dataset, "dataset", "", "`dataset` to work in; it must not exist")
@@ -129,13 +136,8 @@ var steps = []step{
 	}},
 }
 
-// measureSnapshots makes the subjects and times them at each count.
-func measureSnapshots(ctx context.Context, o snapshotOptions, images []image, say func(string, ...any)) (_ *report, err error) {
-	subjects, remove, err := makeSubjects(ctx, o)
-	if err != nil {
-		return nil, err
-	}
-	defer func() { err = errors.Join(err, remove()) }()
+// measureSnapshots times the subjects at each count. Of what failed it answers what was measured before.
+func measureSnapshots(ctx context.Context, o snapshotOptions, subjects []*subject, images []image, say func(string, ...any)) (*report, error) {
 	r := &report{}
 	for _, count := range o.counts {
 		for _, s := range subjects {
