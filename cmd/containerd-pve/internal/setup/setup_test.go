@@ -32,6 +32,7 @@ type fake struct {
 	pools    []string
 	proxmox  bool
 	fail     string // a command that fails
+	hides    string // a word of our CRI configuration that containerd does not see
 	calls    []string
 }
 
@@ -85,7 +86,12 @@ func (f *fake) run(_ context.Context, name string, args ...string) (string, erro
 	case name != "systemctl": // containerd
 		text, _, _ := f.read("/etc/containerd/config.toml")
 		if more, there, _ := f.read(dropIn); there && strings.Contains(text, imports) {
-			return more, nil
+			pods, _, _ := f.read(podsDropIn)
+			if f.hides != "" {
+				pods = strings.ReplaceAll(pods, f.hides, "hidden")
+			}
+			version := f.dump[:strings.Index(f.dump, "\n")+1]
+			return version + versionLine.ReplaceAllString(more+pods, ""), nil
 		}
 		return f.dump, nil
 	case args[0] == "show" && !f.unit:
@@ -140,9 +146,10 @@ func (f *fake) install(o Options) (*Plan, error) {
 
 func (f *fake) uninstall(onlyContainerd, used bool) *Plan {
 	f.t.Helper()
-	p, err := f.PlanUninstall(context.Background(), onlyContainerd, used)
+	left := Left{OurPart: onlyContainerd, Dataset: used}
+	p, err := f.PlanUninstall(context.Background(), left)
 	must(f.t, err)
-	must(f.t, f.Uninstall(context.Background(), p, onlyContainerd, func(Step) {}))
+	must(f.t, f.Uninstall(context.Background(), p, left, func(Step) {}))
 	return p
 }
 
