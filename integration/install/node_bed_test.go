@@ -32,8 +32,8 @@ type daemonSet struct {
 	Spec struct {
 		Template struct {
 			Spec struct {
-				HostPID        bool `yaml:"hostPID"`
-				HostNetwork    bool `yaml:"hostNetwork"`
+				HostPID        bool        `yaml:"hostPID"`
+				HostNetwork    bool        `yaml:"hostNetwork"`
 				InitContainers []container `yaml:"initContainers"`
 				Containers     []container
 			}
@@ -131,7 +131,7 @@ func (c *cluster) start(manifest, name, tag string) string {
 		args = append(args, "--mount", "type=bind,src="+c.account+",dst="+m.MountPath+",options=rbind:ro")
 	}
 	args = append(args, "--env", "KUBERNETES_SERVICE_HOST="+c.Host, "--env", "KUBERNETES_SERVICE_PORT="+c.Port,
-		regexp.MustCompile(":[^:]*$").ReplaceAllString(k.Image, ":"+tag), id)
+		regexp.MustCompile(":[^:]*$").ReplaceAllString(k.Image, ":"+tag), id, "/usr/bin/containerd-pve") // the image's entrypoint, which ctr takes args for
 	ok(c.T, strings.Join(append(args, k.Args...), " "))
 	return id
 }
