@@ -94,7 +94,7 @@ func (c *cluster) start(manifest, name, tag string) string {
 	var d daemonSet
 	must(c.T, yaml.NewDecoder(bytes.NewReader(text)).Decode(&d))
 	pod := d.Spec.Template.Spec
-	all := append(pod.InitContainers, pod.Containers...)
+	all := slices.Concat(pod.InitContainers, pod.Containers)
 	i := slices.IndexFunc(all, func(k container) bool { return k.Name == name })
 	if i < 0 {
 		c.Fatalf("%s has no container %s", manifest, name)
