@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -169,7 +170,7 @@ func (h *Host) PlanInstall(ctx context.Context, o Options) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(p.Steps) > 0 || !h.is(ctx, "enabled", ourUnit) || !h.is(ctx, "active", ourUnit) {
+	if len(p.Steps) > 0 || !h.is(ctx, "enabled", ourUnit) || !h.is(ctx, "active", ourUnit) || h.stale(ctx, r, ourUnit, ProgramsDir, filepath.Dir(ourConfig), filepath.Dir(ourUnitFile)) {
 		p.add(Step{Action: Start, Target: ourUnit, Why: "the snapshotter, now and at every boot"})
 	}
 	n := len(p.Steps)
@@ -186,7 +187,7 @@ func (h *Host) PlanInstall(ctx context.Context, o Options) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(p.Steps) > n || !h.is(ctx, "active", containerdUnit) {
+	if len(p.Steps) > n || !h.is(ctx, "active", containerdUnit) || h.stale(ctx, r, containerdUnit, filepath.Dir(dropIn)) {
 		p.add(Step{Action: Restart, Target: containerdUnit, Why: "containers go on meanwhile"})
 	}
 	return p, nil
@@ -231,6 +232,22 @@ func (h *Host) planUnit(p *Plan, r record) error {
 func (h *Host) is(ctx context.Context, state, unit string) bool {
 	out, _ := h.Run(ctx, "systemctl", "is-"+state, unit) // it fails to say no
 	return strings.TrimSpace(out) == state
+}
+
+// stale says whether a unit began before a file of ours in these directories was written: a call was killed in between.
+func (h *Host) stale(ctx context.Context, r record, unit string, dirs ...string) bool {
+	out, err := h.Run(ctx, "systemctl", "show", "--property=ActiveEnterTimestamp", "--value", "--timestamp=unix", unit)
+	began, perr := strconv.ParseInt(strings.TrimPrefix(strings.TrimSpace(out), "@"), 10, 64)
+	if err != nil || perr != nil { // systemd before 248 knows no such form
+		return false
+	}
+	for path := range r.Files {
+		info, err := os.Stat(h.at(path))
+		if err == nil && slices.Contains(dirs, filepath.Dir(path)) && info.ModTime().Unix() > began {
+			return true
+		}
+	}
+	return false
 }
 
 // dataset is the one asked for or configured, or the only one there is reason for.

@@ -32,8 +32,9 @@ func (h *Host) PlanUninstall(ctx context.Context, left Left) (*Plan, error) {
 	}
 	p := &Plan{Dataset: r.Dataset}
 	ofContainerd := func(path string) bool { return strings.HasPrefix(path, "/etc/containerd/") }
-	// containerd first: then nobody asks our daemon any more.
-	changed := false
+	// containerd first: then nobody asks our daemon any more. What is gone already may be an interrupted call's, which did not
+	// come to the restart.
+	changed := len(r.Edits) > 0
 	for path, e := range r.Edits {
 		text, _, err := h.read(path)
 		if err != nil {
@@ -43,7 +44,6 @@ func (h *Host) PlanUninstall(ctx context.Context, left Left) (*Plan, error) {
 			p.add(Step{Action: Keep, Target: path, Why: "the line " + e.Line + " is not there any more as it was written"})
 			continue
 		}
-		changed = true
 		p.add(Step{Action: Edit, Target: path, Content: e.Was, Was: e.Line})
 	}
 	var rest []Step
@@ -54,6 +54,7 @@ func (h *Host) PlanUninstall(ctx context.Context, left Left) (*Plan, error) {
 		}
 		switch {
 		case !there:
+			changed = changed || ofContainerd(path)
 		case filepath.Dir(path) == ProgramsDir && left.Programs:
 			rest = append(rest, Step{Action: Keep, Target: path, Why: "containers run with it"})
 		case !ofContainerd(path):
