@@ -241,7 +241,7 @@ func node(t *testing.T, containerd, bin, text string) {
 	defer n.Close()
 	p, k := c.pod(ctx, n)
 	c.says(ctx, k)
-	fails(t, 0, "first", "containerd-pve container ls --pods")
+	fails(t, 0, image, "containerd-pve container ls --pods")
 
 	// What stays of the installer's pod has no rights, and its end changes nothing.
 	hold := c.start("install", "hold", "1")
@@ -255,12 +255,12 @@ func node(t *testing.T, containerd, bin, text string) {
 	is(t, after, sums)
 
 	// Another image: containers go on, what is started then is the new one's.
-	daemon, old := ok(t, "systemctl show -P MainPID containerd-pve"), ok(t, "pgrep -f containerd-shim-pve-v2 | sort | tr '\\n' ' '")
+	daemon, old := ok(t, "systemctl show -P MainPID containerd-pve"), ok(t, "pgrep -f '^[^ ]*containerd-shim-pve-v2 ' | sort | tr '\\n' ' '")
 	c.run("install", "install", "2")
 	if now := ok(t, "systemctl show -P MainPID containerd-pve"); now == daemon {
 		t.Error("the daemon is still the old one")
 	}
-	is(t, old, "pgrep -f containerd-shim-pve-v2 | sort | tr '\\n' ' '")
+	is(t, old, "pgrep -f '^[^ ]*containerd-shim-pve-v2 ' | sort | tr '\\n' ' '")
 	c.says(ctx, k)
 	k2, err := p.Start(ctx, "second", image, []string{"sleep", "1000"}, nil)
 	must(t, err)
