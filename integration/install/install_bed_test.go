@@ -87,8 +87,8 @@ func host(t *testing.T, program, text string) {
 	}
 	must(t, os.MkdirAll("/etc/containerd", 0o755))
 	must(t, os.WriteFile(config, []byte(text), 0o640))
-	// As containerd's own containerd.service and Debian's are.
-	must(t, os.WriteFile("/etc/systemd/system/containerd.service", []byte("[Unit]\nAfter=local-fs.target\n[Service]\nExecStart="+program+"\nType=notify\nDelegate=yes\nKillMode=process\nRestart=always\nRestartSec=5\nLimitNOFILE=infinity\nTasksMax=infinity\nOOMScoreAdjust=-999\n[Install]\nWantedBy=multi-user.target\n"), 0o644))
+	// As containerd's own containerd.service and Debian's are; its own shims are beside it.
+	must(t, os.WriteFile("/etc/systemd/system/containerd.service", []byte("[Unit]\nAfter=local-fs.target\n[Service]\nEnvironment=PATH="+filepath.Dir(program)+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\nExecStart="+program+"\nType=notify\nDelegate=yes\nKillMode=process\nRestart=always\nRestartSec=5\nLimitNOFILE=infinity\nTasksMax=infinity\nOOMScoreAdjust=-999\n[Install]\nWantedBy=multi-user.target\n"), 0o644))
 	ok(t, "bed-registry; systemctl daemon-reload; systemctl restart containerd")
 }
 
