@@ -5,6 +5,8 @@ package cri
 import (
 	"fmt"
 	"os"
+	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -53,17 +55,26 @@ func TestOverhead(t *testing.T) {
 // memory is what our programs have of it, shared pages by their share, and the same of each.
 func memory(t *testing.T) (sum int64, parts string) {
 	t.Helper()
-	for _, name := range []string{"containerd-shim", "lxc-start", "pve-init"} {
-		for _, pid := range programs(name) {
-			text, err := os.ReadFile(fmt.Sprintf("/proc/%d/smaps_rollup", pid))
-			must(t, err)
-			for line := range strings.Lines(string(text)) {
-				if f := strings.Fields(line); f[0] == "Pss:" {
-					n, err := strconv.ParseInt(f[1], 10, 64)
-					must(t, err)
-					sum += n << 10
-					parts += fmt.Sprintf(" %s %.1f", name, float64(n)/(1<<10))
-				}
+	files, err := filepath.Glob("/proc/[0-9]*/exe")
+	must(t, err)
+	for _, f := range files {
+		program, _ := os.Readlink(f) // it may have ended
+		name := filepath.Base(program)
+		// What holds a pod's namespaces has no file that this process could name.
+		if command, _ := os.ReadFile(filepath.Join(filepath.Dir(f), "cmdline")); strings.HasPrefix(string(command), "pve-init\x00hold\x00") {
+			name = "pve-init"
+		}
+		if !slices.Contains([]string{"containerd-shim-pve-v2", "lxc-start", "pve-init"}, name) {
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(filepath.Dir(f), "smaps_rollup"))
+		must(t, err)
+		for line := range strings.Lines(string(text)) {
+			if f := strings.Fields(line); f[0] == "Pss:" {
+				n, err := strconv.ParseInt(f[1], 10, 64)
+				must(t, err)
+				sum += n << 10
+				parts += fmt.Sprintf(" %s %.1f", name, float64(n)/(1<<10))
 			}
 		}
 	}
