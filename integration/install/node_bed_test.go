@@ -102,6 +102,7 @@ func (c *cluster) start(manifest, name, tag string) string {
 	k := all[i]
 	c.n++
 	id := fmt.Sprintf("%s-%d", name, c.n)
+	must(c.T, os.RemoveAll("/tmp/"+id+".log")) // another test's
 	args := []string{c.ctr, "run", "-d", "--log-uri", "file:///tmp/" + id + ".log"}
 	if pod.HostPID {
 		args = append(args, "--with-ns", "pid:/proc/1/ns/pid")
