@@ -61,7 +61,7 @@ func memory(t *testing.T) (sum int64, parts string) {
 		program, _ := os.Readlink(f) // it may have ended
 		name := filepath.Base(program)
 		// What holds a pod's namespaces has no file that this process could name.
-		if command, _ := os.ReadFile(filepath.Join(filepath.Dir(f), "cmdline")); strings.HasPrefix(string(command), "pve-init\x00hold\x00") {
+		if command, _ := os.ReadFile(filepath.Join(filepath.Dir(f), "cmdline")); strings.HasPrefix(string(command), "pve-init\x00wait\x00") {
 			name = "pve-init"
 		}
 		if !slices.Contains([]string{"containerd-shim-pve-v2", "lxc-start", "pve-init"}, name) {
