@@ -15,12 +15,13 @@ lint_version := v2.15.0
 lint := $(or $(CONTAINERD_PVE_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/containerd-pve)/lint-$(lint_version)/golangci-lint
 
 .NOTPARALLEL:
-.PHONY: help build deb test test-unit test-bed test-suite fuzz conformance stress stress-reset demo bench bench-snapshots testbed vm-run vm-shell vm-down lint clean
-.SILENT: help conformance fuzz stress stress-reset vm-run vm-shell vm-down testbed demo bench bench-snapshots
+.PHONY: help build deb image test test-unit test-bed test-suite fuzz conformance stress stress-reset demo bench bench-snapshots testbed vm-run vm-shell vm-down lint clean
+.SILENT: help image conformance fuzz stress stress-reset vm-run vm-shell vm-down testbed demo bench bench-snapshots
 
 help:
 	echo 'make build       the programs, in ./bin'
 	echo 'make deb         the Debian package, in ./dist'
+	echo "make image       the node installer's image for Kubernetes, as an OCI archive in ./dist; image=NAME:TAG names it"
 	echo 'make test        all tests: lint and unit tests here, the rest in the test bed (a VM)'
 	echo 'make test-unit   unit tests only'
 	echo 'make test-bed    test bed only; packages=./shim chooses, TESTBED=host uses this host instead of a VM'
@@ -43,6 +44,9 @@ build:
 
 deb: build
 	deploy/deb/build dist
+
+image: build
+	deploy/image/build dist $(or $(image),localhost/containerd-pve:latest)
 
 # the suite changes /etc/hosts and takes port 443: in the VM only
 test: lint test-unit test-bed $(if $(filter host,$(TESTBED)),,test-suite)

@@ -7,7 +7,10 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/spf13/cobra"
@@ -41,7 +44,7 @@ func (f *installFlags) add(c *cobra.Command) {
 
 func installCommand() *cobra.Command {
 	var flags installFlags
-	var dataset string
+	var o setup.Options
 	c := &cobra.Command{
 		Use:   "install",
 		Short: "set up this host: the dataset, the service, containerd's configuration",
@@ -55,21 +58,29 @@ func installCommand() *cobra.Command {
 			if err != nil {
 				return exitError{statusRefused, err}
 			}
-			if err := lacks(c.Context()); err != nil {
+			if err := lacks(c.Context(), o.Programs != ""); err != nil {
 				return exitError{statusRefused, err}
 			}
 			h, err := newHost(conf)
 			if err != nil {
 				return err
 			}
-			configured := conf.Dataset
-			if dataset != "" {
-				conf.Dataset = dataset
+			o.Configured = conf.Dataset
+			if o.Dataset != "" {
+				conf.Dataset = o.Dataset
 				if err := conf.complete(); err != nil {
 					return exitError{statusRefused, err}
 				}
 			}
-			p, err := h.PlanInstall(c.Context(), setup.Options{Dataset: dataset, Configured: configured})
+			if o.Programs != "" {
+				h.Program = filepath.Join(setup.ProgramsDir, filepath.Base(h.Program))
+			}
+			unlock, err := flags.lock(c, h)
+			if err != nil {
+				return exitError{statusRefused, err}
+			}
+			defer unlock()
+			p, err := h.PlanInstall(c.Context(), o)
 			if err != nil {
 				return exitError{statusRefused, err}
 			}
@@ -83,7 +94,9 @@ func installCommand() *cobra.Command {
 		},
 	}
 	flags.add(c)
-	c.Flags().StringVar(&dataset, "dataset", "", "parent `dataset` for images and containers (default POOL/containerd-pve, if there is but one pool)")
+	c.Flags().StringVar(&o.Dataset, "dataset", "", "parent `dataset` for images and containers (default POOL/containerd-pve, if there is but one pool)")
+	c.Flags().BoolVar(&o.Pods, "pods", false, "have containerd's CRI plugin know the runtime, by the handler "+setup.Handler+"; without it, what was so before stays")
+	c.Flags().StringVar(&o.Programs, "programs", "", "copy the programs from this `directory` to "+setup.ProgramsDir+" first")
 	return c
 }
 
@@ -110,13 +123,13 @@ func installed(c *cobra.Command) error {
 
 func uninstallCommand() *cobra.Command {
 	var flags installFlags
-	var force, onlyContainerd bool
+	var force, keepImages, wait, onlyContainerd bool
 	c := &cobra.Command{
 		Use:   "uninstall",
 		Short: "take back what install did",
 		Long: "Takes back what `containerd-pve install` did, by " + setup.Record + ". Files that were changed since are kept and named, and so is a\n" +
-			"dataset with anything in it. It refuses while there are containers or images of ours; with --force they stay: containers run on, but\n" +
-			"containerd cannot make others." + statusHelp,
+			"dataset with anything in it. It refuses while there are containers or images of ours; with --keep-images the images stay, and with\n" +
+			"--force both: containers run on, but containerd cannot make others." + statusHelp,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			conf, err := readConfig(defaultConfig, false)
@@ -127,12 +140,22 @@ func uninstallCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			var used bool
+			if wait {
+				if err := unused(c, defaultContainerd, 2*time.Second); err != nil {
+					return exitError{statusRefused, err}
+				}
+			}
+			unlock, err := flags.lock(c, h)
+			if err != nil {
+				return exitError{statusRefused, err}
+			}
+			defer unlock()
+			left := setup.Left{OurPart: onlyContainerd}
 			if !onlyContainerd {
-				what, err := inUse(c.Context(), conf)
-				used = what != "" || err != nil
-				if err == nil && used {
-					err = fmt.Errorf("there are %s: remove them (`containerd-pve container ls`, `containerd-pve snapshots`), or leave them with --force: %w", what, errdefs.ErrFailedPrecondition)
+				u, err := inUse(c.Context(), conf)
+				left.Dataset, left.Programs = err != nil || u != usage{}, err != nil || u.runs()
+				if err == nil && (u.runs() || u.snapshots > 0 && !keepImages) {
+					err = fmt.Errorf("there are %s: remove them (`containerd-pve container ls`, `containerd-pve snapshots`), or leave them with --force: %w", u, errdefs.ErrFailedPrecondition)
 				} else if err != nil {
 					err = fmt.Errorf("whether there are containers or images of ours cannot be told: %w: leave them with --force", err)
 				}
@@ -140,18 +163,20 @@ func uninstallCommand() *cobra.Command {
 					return exitError{statusRefused, err}
 				}
 			}
-			p, err := h.PlanUninstall(c.Context(), onlyContainerd, used)
+			p, err := h.PlanUninstall(c.Context(), left)
 			if err != nil {
 				return exitError{statusRefused, err}
 			}
 			if ok, err := flags.agreed(c, p, "Nothing of `containerd-pve install` is here."); !ok {
 				return err
 			}
-			return h.Uninstall(c.Context(), p, onlyContainerd, flags.say(c))
+			return h.Uninstall(c.Context(), p, left, flags.say(c))
 		},
 	}
 	flags.add(c)
 	c.Flags().BoolVar(&force, "force", false, "although there are containers or images of ours, which stay")
+	c.Flags().BoolVar(&keepImages, "keep-images", false, "although there are images of ours, which stay")
+	c.Flags().BoolVar(&wait, "wait", false, "wait until there are no containers of ours any more")
 	c.Flags().BoolVar(&onlyContainerd, "containerd-only", false, "only containerd's configuration (when the package is removed)")
 	return c
 }
@@ -204,11 +229,19 @@ func (f *installFlags) say(c *cobra.Command) func(setup.Step) {
 	}
 }
 
-// lacks is what a host has to have before it is set up.
-func lacks(ctx context.Context) error {
+// lock keeps other calls from changing this host meanwhile.
+func (f *installFlags) lock(c *cobra.Command, h *setup.Host) (unlock func(), err error) {
+	if f.dryRun {
+		return func() {}, nil
+	}
+	return h.Lock(c.Context(), func() { fmt.Fprintln(c.ErrOrStderr(), "Another containerd-pve is at work on this host: waiting.") })
+}
+
+// lacks is what a host has to have before it is set up; bring says that our programs come with it.
+func lacks(ctx context.Context, bring bool) error {
 	var all []string
 	for _, f := range checkPrograms(ctx) {
-		if !f.OK {
+		if !f.OK && (!bring || !slices.Contains(setup.Programs, f.Name)) {
 			all = append(all, f.Name+": "+f.Detail)
 		}
 	}
@@ -298,29 +331,4 @@ func destroyStore(ctx context.Context, conf config, dataset string) error {
 		return err
 	}
 	return os.RemoveAll(conf.Root)
-}
-
-// inUse says what of ours is on this host; empty if nothing is.
-func inUse(ctx context.Context, conf config) (string, error) {
-	var what []string
-	containers, err := listContainers(ctx, defaultContainerd)
-	if err != nil && !errdefs.IsUnavailable(err) {
-		return "", err
-	}
-	if len(containers) > 0 {
-		what = append(what, fmt.Sprintf("%d containers", len(containers)))
-	}
-	if conf.Dataset != "" {
-		if err := conf.complete(); err != nil {
-			return "", err
-		}
-		snapshots, err := listSnapshots(ctx, conf)
-		if err != nil && !errdefs.IsNotFound(err) {
-			return "", err
-		}
-		if len(snapshots) > 0 {
-			what = append(what, fmt.Sprintf("%d snapshots of images and containers", len(snapshots)))
-		}
-	}
-	return strings.Join(what, " and "), nil
 }

@@ -55,7 +55,7 @@ func root() *cobra.Command {
 		SilenceUsage:  true,
 		SilenceErrors: true,
 	}
-	c.AddCommand(serveCommand(), checkCommand(), snapshotsCommand(), guardCommand(), containerCommand(), templateCommand(), installCommand(), uninstallCommand(), &cobra.Command{
+	c.AddCommand(serveCommand(), checkCommand(), snapshotsCommand(), guardCommand(), containerCommand(), templateCommand(), installCommand(), uninstallCommand(), nodeCommand(), &cobra.Command{
 		Use:   "version",
 		Short: "print the version",
 		Args:  cobra.NoArgs,

@@ -113,6 +113,20 @@ func Start(ctx context.Context, o Options) (_ *Node, retErr error) {
 	return n, n.start(ctx)
 }
 
+// Attach is the node of a containerd that runs already, and is somebody else's: Restart and Stop are not for it. Close ends the connection.
+func Attach(o Options) (*Node, error) {
+	n := &Node{options: o}
+	var err error
+	if n.conn, err = grpc.NewClient("unix://"+Socket, grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
+		return nil, err
+	}
+	n.RuntimeServiceClient, n.Images = api.NewRuntimeServiceClient(n.conn), api.NewImageServiceClient(n.conn)
+	return n, nil
+}
+
+// Close ends the connection to containerd.
+func (n *Node) Close() error { return n.conn.Close() }
+
 // disabled are the plugins that `stack` goes without.
 var disabled = regexp.MustCompile(`(?m)^disabled_plugins = .*$`)
 

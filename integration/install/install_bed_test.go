@@ -87,8 +87,8 @@ func host(t *testing.T, program, text string) {
 	}
 	must(t, os.MkdirAll("/etc/containerd", 0o755))
 	must(t, os.WriteFile(config, []byte(text), 0o640))
-	// As containerd's own containerd.service and Debian's are.
-	must(t, os.WriteFile("/etc/systemd/system/containerd.service", []byte("[Unit]\nAfter=local-fs.target\n[Service]\nExecStart="+program+"\nType=notify\nDelegate=yes\nKillMode=process\nRestart=always\nRestartSec=5\nLimitNOFILE=infinity\nTasksMax=infinity\nOOMScoreAdjust=-999\n[Install]\nWantedBy=multi-user.target\n"), 0o644))
+	// As containerd's own containerd.service and Debian's are; its own shims are beside it.
+	must(t, os.WriteFile("/etc/systemd/system/containerd.service", []byte("[Unit]\nAfter=local-fs.target\n[Service]\nEnvironment=PATH="+filepath.Dir(program)+":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\nExecStart="+program+"\nType=notify\nDelegate=yes\nKillMode=process\nRestart=always\nRestartSec=5\nLimitNOFILE=infinity\nTasksMax=infinity\nOOMScoreAdjust=-999\n[Install]\nWantedBy=multi-user.target\n"), 0o644))
 	ok(t, "bed-registry; systemctl daemon-reload; systemctl restart containerd")
 }
 
@@ -226,8 +226,7 @@ func TestLongInstall17(t *testing.T) {
 	must(t, err)
 	ok(t, "dpkg-deb -x made/containerd-pve_1.0_*.deb /tmp/programs")
 	host(t, "/opt/containerd-1.7/usr/bin/containerd", string(text))
-	ok(t, "install /tmp/programs/usr/bin/* /usr/local/bin/")
-	ok(t, "containerd-pve install --yes")
+	ok(t, "/tmp/programs/usr/bin/containerd-pve install --programs /tmp/programs/usr/bin --yes")
 	ok(t, "containerd-pve check")
 	const ctr = "/opt/containerd-1.7/usr/bin/"
 	ok(t, ctr+"ctr images pull --plain-http --snapshotter pve-zfs "+image+" | tail -1")
@@ -237,7 +236,6 @@ func TestLongInstall17(t *testing.T) {
 	ok(t, "containerd-pve uninstall --yes")
 	is(t, strings.TrimSpace(string(text)), "cat "+config)
 	fails(t, 1, "does not exist", "zfs list "+dataset)
-	ok(t, "rm /usr/local/bin/containerd-pve /usr/local/bin/containerd-shim-pve-v2 /usr/local/bin/pve-init")
 	if files := left(t); len(files) > 0 && !slices.Equal(files, []string{"/run/containerd-pve", "/var/lib/containerd-pve"}) {
 		t.Errorf("%q", files)
 	}

@@ -30,10 +30,13 @@ type containerd struct {
 
 // effective is what of the whole configuration, defaults included, is of interest here.
 type effective struct {
-	Version int            `toml:"version"`
-	Proxies map[string]any `toml:"proxy_plugins"`
-	Plugins struct {
-		Diff struct {
+	Version  int            `toml:"version"`
+	Disabled []string       `toml:"disabled_plugins"`
+	Proxies  map[string]any `toml:"proxy_plugins"`
+	Plugins  struct {
+		Runtime cri `toml:"io.containerd.cri.v1.runtime"`
+		CRI     cri `toml:"io.containerd.grpc.v1.cri"`
+		Diff    struct {
 			Default []string `toml:"default"`
 		} `toml:"io.containerd.service.v1.diff-service"`
 		Transfer struct {
@@ -118,8 +121,24 @@ func (c *containerd) dropIn() (string, error) {
 		lists = append(lists, strings.TrimSpace(strings.ReplaceAll("\n"+string(text), "\n", "\n    ")))
 	}
 	var b strings.Builder
-	err = dropInTemplate.Execute(&b, map[string]any{"version": c.dump.Version >= 3, "diff": strings.TrimSpace(string(diff)), "unpacks": lists})
+	err = dropInTemplate.Execute(&b, map[string]any{"version": c.fileVersion(), "diff": strings.TrimSpace(string(diff)), "unpacks": lists})
 	return b.String(), err
+}
+
+// fileVersion is that of files of ours; 0 is none. containerd 2.0 to 2.2 take all files for the newest version that one of
+// them has, and forget what a file of version 2 says of plugins that have another name in 3. Docker's package has a file of
+// version 1, beside which 1.7 reads none that has a version.
+func (c *containerd) fileVersion() int {
+	var file struct {
+		Version int `toml:"version"`
+	}
+	switch {
+	case c.dump.Version < 3:
+		return 0
+	case toml.Unmarshal([]byte(c.text), &file) == nil && file.Version == 2:
+		return 2
+	}
+	return 3
 }
 
 // said leaves out what a dump shows of what nobody set.

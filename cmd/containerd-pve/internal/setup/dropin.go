@@ -2,10 +2,9 @@ package setup
 
 import "text/template"
 
-// dropInTemplate is deploy/config/containerd-pve.toml, with the lists of this host (TestDropIn). For containerd 1.7 it has no
-// version: with one it could not be read beside a configuration of version 1, as Docker's package has.
+// dropInTemplate is deploy/config/containerd-pve.toml, with the lists of this host (TestDropIn).
 var dropInTemplate = template.Must(template.New("").Parse(`# By containerd-pve install. The lists have what ` + "`containerd config dump`" + ` said at that time: they go before those elsewhere.
-{{if .version}}version = 3
+{{with .version}}version = {{.}}
 {{end}}
 [proxy_plugins.pve-zfs]
   type = "snapshot"

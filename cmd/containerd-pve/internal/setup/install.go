@@ -65,8 +65,11 @@ func (h *Host) Install(ctx context.Context, p *Plan, say func(Step)) (retErr err
 // note has the record say what a step is going to make.
 func (h *Host) note(r *record, s Step, enabled bool) {
 	switch s.Action {
-	case Write:
-		r.Files[s.Target] = digestOf(s.Content)
+	case Copy, Write:
+		r.Files[s.Target] = s.digest
+		if s.Action == Write {
+			r.Files[s.Target] = digestOf(s.Content)
+		}
 		var dirs []string
 		for dir := filepath.Dir(s.Target); dir != "/"; dir = filepath.Dir(dir) {
 			if _, err := os.Stat(h.at(dir)); err == nil || slices.Contains(r.Dirs, dir) {
@@ -98,17 +101,10 @@ type run struct {
 func (r *run) step(ctx context.Context, s Step) error {
 	h := r.h
 	switch s.Action {
+	case Copy:
+		return r.copy(s)
 	case Write:
-		old, there, err := h.read(s.Target)
-		if err != nil {
-			return err
-		}
-		made, err := h.makeDirs(filepath.Dir(s.Target))
-		r.undo = append(r.undo, func(context.Context) error { return h.restore(s.Target, old, there, made) })
-		if err != nil {
-			return err
-		}
-		return h.write(s.Target, s.Content, 0o644)
+		return r.write(s.Target, s.Content, 0o644)
 	case Edit:
 		text, _, err := h.read(s.Target)
 		if err != nil {
@@ -131,7 +127,7 @@ func (r *run) step(ctx context.Context, s Step) error {
 		r.undo = append(r.undo, r.serviceBack)
 		return h.each(ctx, []string{"systemctl", "daemon-reload"}, []string{"systemctl", "enable", ourUnit}, []string{"systemctl", "restart", ourUnit})
 	case Restart:
-		if err := h.understood(ctx, r.plan.containerd); err != nil {
+		if err := h.understood(ctx, r.plan); err != nil {
 			return err
 		}
 		r.restarted = true
@@ -140,14 +136,35 @@ func (r *run) step(ctx context.Context, s Step) error {
 	return fmt.Errorf("no step of an installation: %w", errdefs.ErrInvalidArgument)
 }
 
-// understood asks containerd whether it finds our snapshotter, before it is restarted.
-func (h *Host) understood(ctx context.Context, c containerd) error {
+// write gives a file of ours a text, and has that undone if need be.
+func (r *run) write(path, text string, mode os.FileMode) error {
+	old, there, err := r.h.read(path)
+	if err != nil {
+		return err
+	}
+	made, err := r.h.makeDirs(filepath.Dir(path))
+	r.undo = append(r.undo, func(context.Context) error { return r.h.restore(path, old, there, mode, made) })
+	if err != nil {
+		return err
+	}
+	return r.h.write(path, text, mode)
+}
+
+// understood asks containerd whether it finds our snapshotter and, for pods, our
+// runtime, before it is restarted.
+func (h *Host) understood(ctx context.Context, p *Plan) error {
+	c := p.containerd
 	c.there = true
 	e, err := h.dump(ctx, c)
-	if err == nil && e.Proxies[snapshotterName] == nil {
-		err = fmt.Errorf("containerd's configuration is as it should be, and containerd does not find %s in it: %w", snapshotterName, errdefs.ErrFailedPrecondition)
+	if err != nil {
+		return err
 	}
-	return err
+	for name, found := range map[string]bool{snapshotterName: e.Proxies[snapshotterName] != nil, "the runtime " + Handler: !p.pods || e.knows(Handler)} {
+		if !found {
+			return fmt.Errorf("containerd's configuration is as it should be, and containerd does not find %s in it: is there another file in /etc/containerd/conf.d that goes before?: %w", name, errdefs.ErrFailedPrecondition)
+		}
+	}
+	return nil
 }
 
 // back undoes what was done, the last first, and has containerd begin anew with what it had.
@@ -225,9 +242,9 @@ func (h *Host) rewrite(path, text string) error {
 }
 
 // restore puts a file of ours back as it was.
-func (h *Host) restore(path, old string, there bool, made []string) error {
+func (h *Host) restore(path, old string, there bool, mode os.FileMode, made []string) error {
 	if there {
-		return h.write(path, old, 0o644)
+		return h.write(path, old, mode)
 	}
 	if err := os.Remove(h.at(path)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err

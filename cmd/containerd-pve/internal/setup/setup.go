@@ -1,8 +1,8 @@
 // Package setup makes a host with containerd and systemd serve our snapshotter,
 // and takes that back. It owns the files that it wrote, whose digests it keeps in
-// Record, one line of containerd's configuration, and whether our service is
-// enabled. It never touches a file that it did not write or that was changed since,
-// nor what is in a dataset.
+// Record (the programs among them, if it is asked to bring them), one line of
+// containerd's configuration, and whether our service is enabled. It never touches
+// a file that it did not write or that was changed since, nor what is in a dataset.
 package setup
 
 import (
@@ -14,9 +14,11 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 
 	"github.com/containerd-pve/containerd-pve/deploy"
 )
@@ -30,6 +32,7 @@ const (
 	ourConfig      = "/etc/containerd-pve/config.toml.d/install.toml"
 	containerdUnit = "containerd.service"
 	dropIn         = "/etc/containerd/conf.d/containerd-pve.toml"
+	podsDropIn     = "/etc/containerd/conf.d/containerd-pve-pods.toml"
 	imports        = "/etc/containerd/conf.d/*.toml"
 )
 
@@ -55,6 +58,7 @@ type Host struct {
 
 // The actions of steps.
 const (
+	Copy    = "copy"    // a program of ours
 	Write   = "write"   // a file of ours
 	Edit    = "edit"    // one line of a file that is not ours
 	Dataset = "dataset" // made by the daemon
@@ -72,12 +76,16 @@ type Step struct {
 	Action string `json:"action"`
 	// Target is a file, a dataset or a unit.
 	Target string `json:"target"`
+	// From is what is copied.
+	From string `json:"from,omitempty"`
 	// Why is for people.
 	Why string `json:"why,omitempty"`
 	// Content is what is written: the file, or of an edit the new line.
 	Content string `json:"content,omitempty"`
 	// Was is the line that an edit replaces or takes away; empty for a line more.
 	Was string `json:"was,omitempty"`
+
+	digest digest.Digest // of what is copied
 }
 
 // Plan is what is to be done, in this order.
@@ -87,6 +95,7 @@ type Plan struct {
 	Steps   []Step `json:"steps"`
 
 	containerd containerd
+	pods       bool
 }
 
 // Options of Install.
@@ -95,6 +104,11 @@ type Options struct {
 	Dataset string
 	// Configured is the dataset that the configuration names already.
 	Configured string
+	// Pods has containerd's CRI plugin know our runtime. Without it what is there of that stays.
+	Pods bool
+	// Programs is a directory, of this process's file system, whose programs are copied to
+	// ProgramsDir; none if empty.
+	Programs string
 }
 
 // at is a file of the host.
@@ -120,8 +134,8 @@ func (h *Host) read(path string) (text string, there bool, err error) {
 // nothing. Without steps it is done already. Errors: FailedPrecondition, the host
 // lacks something, or what is there is in the way; InvalidArgument.
 func (h *Host) PlanInstall(ctx context.Context, o Options) (*Plan, error) {
-	if _, err := os.Stat(h.at("/run/systemd/system")); err != nil {
-		return nil, fmt.Errorf("this host was not booted by systemd, whose services are to be set up: %w", errdefs.ErrFailedPrecondition)
+	if _, err := os.Stat(h.at(lockDir)); err != nil {
+		return nil, notSystemd()
 	}
 	c, err := h.findContainerd(ctx)
 	if err != nil {
@@ -131,13 +145,18 @@ func (h *Host) PlanInstall(ctx context.Context, o Options) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Plan{containerd: c}
+	p := &Plan{containerd: c, pods: o.Pods}
 	if p.Dataset, err = h.dataset(ctx, o); err != nil {
 		return nil, err
 	}
 	there, err := h.Exists(ctx, p.Dataset)
 	if err != nil {
 		return nil, fmt.Errorf("dataset %s: %w", p.Dataset, err)
+	}
+	if o.Programs != "" {
+		if err := h.planPrograms(p, r, o.Programs); err != nil {
+			return nil, err
+		}
 	}
 	if !there {
 		p.add(Step{Action: Dataset, Target: p.Dataset, Why: "parent of all layers and containers; the daemon makes it"})
@@ -151,7 +170,7 @@ func (h *Host) PlanInstall(ctx context.Context, o Options) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(p.Steps) > 0 || !h.is(ctx, "enabled", ourUnit) || !h.is(ctx, "active", ourUnit) {
+	if len(p.Steps) > 0 || !h.is(ctx, "enabled", ourUnit) || !h.is(ctx, "active", ourUnit) || h.stale(ctx, r, ourUnit, ProgramsDir, filepath.Dir(ourConfig), filepath.Dir(ourUnitFile)) {
 		p.add(Step{Action: Start, Target: ourUnit, Why: "the snapshotter, now and at every boot"})
 	}
 	n := len(p.Steps)
@@ -159,13 +178,16 @@ func (h *Host) PlanInstall(ctx context.Context, o Options) (*Plan, error) {
 	if err == nil {
 		err = h.plan(p, r, dropIn, text, "containerd finds our snapshotter")
 	}
+	if err == nil && o.Pods {
+		err = h.planPods(p, r)
+	}
 	if err == nil {
 		err = h.planImport(p)
 	}
 	if err != nil {
 		return nil, err
 	}
-	if len(p.Steps) > n || !h.is(ctx, "active", containerdUnit) {
+	if len(p.Steps) > n || !h.is(ctx, "active", containerdUnit) || h.stale(ctx, r, containerdUnit, filepath.Dir(dropIn)) {
 		p.add(Step{Action: Restart, Target: containerdUnit, Why: "containers go on meanwhile"})
 	}
 	return p, nil
@@ -210,6 +232,22 @@ func (h *Host) planUnit(p *Plan, r record) error {
 func (h *Host) is(ctx context.Context, state, unit string) bool {
 	out, _ := h.Run(ctx, "systemctl", "is-"+state, unit) // it fails to say no
 	return strings.TrimSpace(out) == state
+}
+
+// stale says whether a unit began before a file of ours in these directories was written: a call was killed in between.
+func (h *Host) stale(ctx context.Context, r record, unit string, dirs ...string) bool {
+	out, err := h.Run(ctx, "systemctl", "show", "--property=ActiveEnterTimestamp", "--value", "--timestamp=unix", unit)
+	began, perr := strconv.ParseInt(strings.TrimPrefix(strings.TrimSpace(out), "@"), 10, 64)
+	if err != nil || perr != nil { // systemd before 248 knows no such form
+		return false
+	}
+	for path := range r.Files {
+		info, err := os.Stat(h.at(path))
+		if err == nil && slices.Contains(dirs, filepath.Dir(path)) && info.ModTime().Unix() > began {
+			return true
+		}
+	}
+	return false
 }
 
 // dataset is the one asked for or configured, or the only one there is reason for.

@@ -31,7 +31,9 @@ type fake struct {
 	datasets map[string]bool   // with something in it
 	pools    []string
 	proxmox  bool
-	fail     string // a command that fails
+	fail     string            // a command that fails
+	began    map[string]string // of a unit
+	hides    string            // a word of our CRI configuration that containerd does not see
 	calls    []string
 }
 
@@ -85,9 +87,16 @@ func (f *fake) run(_ context.Context, name string, args ...string) (string, erro
 	case name != "systemctl": // containerd
 		text, _, _ := f.read("/etc/containerd/config.toml")
 		if more, there, _ := f.read(dropIn); there && strings.Contains(text, imports) {
-			return more, nil
+			pods, _, _ := f.read(podsDropIn)
+			if f.hides != "" {
+				pods = strings.ReplaceAll(pods, f.hides, "hidden")
+			}
+			version := f.dump[:strings.Index(f.dump, "\n")+1]
+			return version + versionLine.ReplaceAllString(more+pods, ""), nil
 		}
 		return f.dump, nil
+	case args[0] == "show" && args[1] == "--property=ActiveEnterTimestamp":
+		return f.began[unit], nil
 	case args[0] == "show" && !f.unit:
 		return "LoadState=not-found\n", nil
 	case args[0] == "show":
@@ -140,9 +149,10 @@ func (f *fake) install(o Options) (*Plan, error) {
 
 func (f *fake) uninstall(onlyContainerd, used bool) *Plan {
 	f.t.Helper()
-	p, err := f.PlanUninstall(context.Background(), onlyContainerd, used)
+	left := Left{OurPart: onlyContainerd, Dataset: used}
+	p, err := f.PlanUninstall(context.Background(), left)
 	must(f.t, err)
-	must(f.t, f.Uninstall(context.Background(), p, onlyContainerd, func(Step) {}))
+	must(f.t, f.Uninstall(context.Background(), p, left, func(Step) {}))
 	return p
 }
 
@@ -349,6 +359,62 @@ func TestKept(t *testing.T) {
 	f.uninstall(false, false)
 	if text, _, _ := f.read("/etc/containerd/config.toml"); text != "version = 2\n\n[plugins]\n# more\n" {
 		t.Errorf("%s", text)
+	}
+}
+
+// TestKilled: files that a call wrote which was killed before it restarted what reads them are read.
+func TestKilled(t *testing.T) {
+	f := bare(t)
+	o := Options{Pods: true, Programs: programs(t, "1")}
+	_, err := f.install(o)
+	must(t, err)
+	o.Configured = "tank/containerd-pve"
+	for _, c := range []struct{ ours, containerds, want string }{
+		{"", "", ""}, {"n/a", "@x", ""}, {"@99999999999\n", "@99999999999\n", ""},
+		{"@1000\n", "@99999999999\n", "start " + ourUnit}, {"@99999999999\n", "@1000\n", "restart " + containerdUnit},
+	} {
+		f.began = map[string]string{ourUnit: c.ours, containerdUnit: c.containerds}
+		p, err := f.PlanInstall(context.Background(), o)
+		if err != nil || actions(p) != c.want {
+			t.Errorf("%+v: %v, %v", c, p, err)
+		}
+	}
+}
+
+// TestUninstallInterrupted: wherever it is, another call does the rest, and containerd begins anew.
+func TestUninstallInterrupted(t *testing.T) {
+	f := newFake(t)
+	before := f.tree()
+	_, err := f.install(Options{Pods: true})
+	must(t, err)
+	for n := 0; ; n++ {
+		_, err := f.install(Options{Pods: true})
+		must(t, err)
+		p, err := f.PlanUninstall(context.Background(), Left{})
+		must(t, err)
+		if n == len(p.Steps) {
+			break
+		}
+		ctx, cancel := context.WithCancel(context.Background())
+		done := 0
+		err = f.Uninstall(ctx, p, Left{}, func(Step) {
+			if done == n {
+				cancel()
+			}
+			done++
+		})
+		if !errors.Is(err, context.Canceled) {
+			t.Errorf("%d: %v", n, err)
+		}
+		f.calls = nil
+		restarted := slices.IndexFunc(p.Steps, func(s Step) bool { return s.Action == Restart }) < n
+		f.uninstall(false, false)
+		if !restarted && !slices.Contains(f.calls, "systemctl restart "+containerdUnit) {
+			t.Errorf("%d: containerd goes on with what it had", n)
+		}
+		if d := cmp.Diff(before, f.tree()); d != "" {
+			t.Errorf("%d: left: %s", n, d)
+		}
 	}
 }
 

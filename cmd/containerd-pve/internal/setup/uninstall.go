@@ -4,23 +4,37 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/opencontainers/go-digest"
 )
 
+// Left is what of an installation is not taken back.
+type Left struct {
+	// OurPart: our service, its configuration, the programs and the dataset.
+	OurPart bool
+	// Dataset: there are snapshots in it.
+	Dataset bool
+	// Programs: there are containers, whose shims need them.
+	Programs bool
+}
+
 // PlanUninstall says how what Install made is taken back, and changes nothing.
-// onlyContainerd leaves our service, its configuration and the dataset; used says that
-// there are snapshots in it, so that it stays. Without steps there is nothing.
-func (h *Host) PlanUninstall(ctx context.Context, onlyContainerd, used bool) (*Plan, error) {
+// Without steps there is nothing.
+func (h *Host) PlanUninstall(ctx context.Context, left Left) (*Plan, error) {
 	r, err := h.record()
 	if err != nil {
 		return nil, err
 	}
 	p := &Plan{Dataset: r.Dataset}
 	ofContainerd := func(path string) bool { return strings.HasPrefix(path, "/etc/containerd/") }
-	// containerd first: then nobody asks our daemon any more.
-	changed := false
+	// containerd first: then nobody asks our daemon any more. What is gone already may be an interrupted call's, which did not
+	// come to the restart.
+	changed := len(r.Edits) > 0
 	for path, e := range r.Edits {
 		text, _, err := h.read(path)
 		if err != nil {
@@ -30,7 +44,6 @@ func (h *Host) PlanUninstall(ctx context.Context, onlyContainerd, used bool) (*P
 			p.add(Step{Action: Keep, Target: path, Why: "the line " + e.Line + " is not there any more as it was written"})
 			continue
 		}
-		changed = true
 		p.add(Step{Action: Edit, Target: path, Content: e.Was, Was: e.Line})
 	}
 	var rest []Step
@@ -41,6 +54,9 @@ func (h *Host) PlanUninstall(ctx context.Context, onlyContainerd, used bool) (*P
 		}
 		switch {
 		case !there:
+			changed = changed || ofContainerd(path)
+		case filepath.Dir(path) == ProgramsDir && left.Programs:
+			rest = append(rest, Step{Action: Keep, Target: path, Why: "containers run with it"})
 		case !ofContainerd(path):
 			rest = append(rest, s)
 		default:
@@ -51,7 +67,7 @@ func (h *Host) PlanUninstall(ctx context.Context, onlyContainerd, used bool) (*P
 	if changed && h.is(ctx, "active", containerdUnit) {
 		p.add(Step{Action: Restart, Target: containerdUnit, Why: "containers go on meanwhile"})
 	}
-	if onlyContainerd {
+	if left.OurPart {
 		return p, nil
 	}
 	if r.Enabled {
@@ -61,7 +77,7 @@ func (h *Host) PlanUninstall(ctx context.Context, onlyContainerd, used bool) (*P
 	if r.Dataset != "" {
 		there, err := h.Exists(ctx, r.Dataset)
 		switch {
-		case err != nil || used:
+		case err != nil || left.Dataset:
 			p.add(Step{Action: Keep, Target: r.Dataset, Why: "images and containers are in it; with the records in /var/lib/containerd-pve"})
 		case there && r.Enabled: // otherwise the daemon goes on with it
 			p.add(Step{Action: Destroy, Target: r.Dataset, Why: "nothing is in it; its records in /var/lib/containerd-pve go too"})
@@ -93,7 +109,7 @@ func (h *Host) removal(path string, r record) (s Step, there bool, err error) {
 }
 
 // Uninstall does what the plan says. What fails does not keep it from the rest.
-func (h *Host) Uninstall(ctx context.Context, p *Plan, onlyContainerd bool, say func(Step)) error {
+func (h *Host) Uninstall(ctx context.Context, p *Plan, left Left, say func(Step)) error {
 	r, err := h.record()
 	if err != nil {
 		return err
@@ -114,17 +130,17 @@ func (h *Host) Uninstall(ctx context.Context, p *Plan, onlyContainerd bool, say 
 	for _, d := range slices.Backward(r.Dirs) {
 		_ = os.Remove(h.at(d)) // an empty directory only
 	}
-	left := record{Version: recordVersion}
-	if onlyContainerd {
-		left = r
-		left.Edits = nil
-		for path := range left.Files {
-			if strings.HasPrefix(path, "/etc/containerd/") {
-				delete(left.Files, path)
-			}
-		}
+	now := record{Version: recordVersion}
+	switch {
+	case left.OurPart:
+		now = r
+		now.Edits = nil
+		maps.DeleteFunc(now.Files, func(path string, _ digest.Digest) bool { return strings.HasPrefix(path, "/etc/containerd/") })
+	case left.Programs: // another call takes them away
+		now.Files, now.Dirs = maps.Clone(r.Files), r.Dirs
+		maps.DeleteFunc(now.Files, func(path string, _ digest.Digest) bool { return filepath.Dir(path) != ProgramsDir })
 	}
-	return h.keep(left)
+	return h.keep(now)
 }
 
 func (h *Host) takeBack(ctx context.Context, s Step, r record) error {
