@@ -302,7 +302,7 @@ func TestTidy(t *testing.T) {
 	}
 	// One of them is being written.
 	made := make(chan error)
-	c.SetBefore(func(op, p string) syscall.Errno {
+	c.SetBefore(func(op, _ string) syscall.Errno {
 		if op != "rename" {
 			return 0
 		}
