@@ -26,6 +26,7 @@ import (
 
 	"github.com/containerd-pve/containerd-pve/integration/pmxcfs"
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
+	shimoptions "github.com/containerd-pve/containerd-pve/shim/options"
 )
 
 // In these tests the machine is a node of Proxmox, as far as its cluster filesystem goes (package pmxcfs). What Proxmox's own
@@ -422,9 +423,33 @@ func TestUnprivileged(t *testing.T) {
 	if uid := st.Sys().(*syscall.Stat_t).Uid; uid != 0 {
 		t.Errorf("on the host the volume's new file is of %d", uid)
 	}
-	if conf := confOf(t, 100); !strings.Contains(conf, "\nunprivileged: 1\n") {
+	if conf := confOf(t, 100); !strings.Contains(conf, "\nunprivileged: 1\n") || strings.Contains(conf, "idmap") {
 		t.Errorf("the conf:\n%s", conf)
 	}
+	// The conf says how the volume is mapped, if that is asked for and if it is.
+	must(t, os.WriteFile(shimoptions.File, []byte("IdmapPassthrough = true\n"), 0o600))
+	t.Cleanup(func() { _ = os.Remove(shimoptions.File) })
+	i := start(t, options{id: "idmap", args: []string{"sleep", "1000"}, edit: func(s *specs.Spec) {
+		s.Annotations = map[string]string{"io.containerd.pve.unprivileged": "true"}
+	}})
+	memory := int64(64 << 20)
+	must(t, i.task.Update(i.ctx, client.WithResources(&specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &memory, Swap: &memory}})))
+	if conf := confOf(t, 101); !regexp.MustCompile(`(?m)^rootfs: local-zfs:subvol-101-disk-0,size=\d+G,idmap=passthrough$`).MatchString(conf) || !strings.Contains(conf, "\nmemory: 64\n") {
+		t.Errorf("the conf with idmap:\n%s", conf)
+	}
+	if out, code, err := i.execIn(sh("stat -c '%u:%g %a' /etc/shadow"), nil); err != nil || code != 0 || out != "0:42 640\n" {
+		t.Errorf("%v, %d: %s", err, code, out)
+	}
+	p := start(t, options{id: "privileged", args: []string{"sleep", "1000"}})
+	if conf := confOf(t, 102); strings.Contains(conf, "idmap") {
+		t.Errorf("the conf of a privileged one:\n%s", conf)
+	}
+	if out, _ := command("containerd-pve", "check"); !strings.Contains(out, "idmap=passthrough") {
+		t.Errorf("check: %s", out)
+	}
+	p.remove()
+	i.remove()
+	must(t, os.Remove(shimoptions.File))
 	o, err := create(t, options{id: "overlay", snapshotter: "overlayfs", args: []string{"true"}, edit: func(s *specs.Spec) {
 		s.Annotations = map[string]string{"io.containerd.pve.unprivileged": "true"}
 	}})
@@ -433,7 +458,7 @@ func TestUnprivileged(t *testing.T) {
 	}
 	o.remove()
 	b.remove()
-	eventually(t, time.Minute, "the conf is gone", func() bool { return noConf(100) })
+	eventually(t, time.Minute, "the confs are gone", func() bool { return noConf(100) && noConf(101) && noConf(102) })
 }
 
 // TestProxmoxNetwork: a container of `ctr run` with an interface at a bridge, by the annotation alone.

@@ -12,6 +12,7 @@ import (
 	"github.com/moby/sys/user"
 
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
+	"github.com/containerd-pve/containerd-pve/shim/options"
 )
 
 // proxmoxHost is where a check of a node of Proxmox looks.
@@ -20,9 +21,10 @@ type proxmoxHost struct {
 	packages       string // dpkg's
 	subUID, subGID string
 	apparmor       string // the list of profiles
+	runtime        string // the runtime's options
 }
 
-var thisProxmox = proxmoxHost{"/sys/fs/cgroup", "/var/lib/dpkg/status", "/etc/subuid", "/etc/subgid", "/sys/kernel/security/apparmor/profiles"}
+var thisProxmox = proxmoxHost{"/sys/fs/cgroup", "/var/lib/dpkg/status", "/etc/subuid", "/etc/subgid", "/sys/kernel/security/apparmor/profiles", options.File}
 
 // check says of a node of Proxmox what its containers need; nothing on any other host.
 func (h proxmoxHost) check(ctx context.Context, conf config) []finding {
@@ -50,7 +52,7 @@ func (h proxmoxHost) check(ctx context.Context, conf config) []finding {
 	}
 	list = append(list, result("vmids", fmt.Sprintf("%d to %d, %d of them taken", r.Lower, r.Upper-1, taken), err))
 	list = append(list, h.memory(), h.subIDs(), h.signals(), registryAnswers(ctx, conf.Registry))
-	return list
+	return append(list, h.idmap()...)
 }
 
 // quorum is told by the modes: without one nothing may be written (pmxcfs.c, cfs_fuse_getattr).
@@ -96,6 +98,21 @@ func (h proxmoxHost) signals() finding {
 			"`ln -s /etc/apparmor.d/lxc-stop /etc/apparmor.d/disable/` and `apparmor_parser -R /etc/apparmor.d/lxc-stop` let it")
 	}
 	return finding{Name: "signals", OK: true, Detail: "`pct shutdown` may send them"}
+}
+
+// idmap says of the runtime's option IdmapPassthrough whether this Proxmox reads what it writes; nothing if it is off.
+func (h proxmoxHost) idmap() []finding {
+	o, err := options.Parse(nil, h.runtime)
+	if err != nil {
+		return []finding{result("idmap", "", err)}
+	}
+	if !o.IdmapPassthrough {
+		return nil
+	}
+	if v := h.version("pve-container"); !pve.KnowsIdmap(v) {
+		return []finding{warning("idmap", fmt.Sprintf("IdmapPassthrough in %s does nothing: pve-container %s does not read idmap=passthrough, 6.1.6 does; upgrade the package on every node and run `systemctl restart containerd-pve`, or take the line away", h.runtime, v))}
+	}
+	return []finding{{Name: "idmap", OK: true, Detail: "new confs of unprivileged containers have idmap=passthrough; every node needs pve-container 6.1.6"}}
 }
 
 func registryAnswers(ctx context.Context, address string) finding {

@@ -30,6 +30,7 @@ func TestCheckProxmox(t *testing.T) {
 		packages: put("status", "Package: other\nStatus: install ok installed\nVersion: 1\n\nPackage: pve-container\nStatus: install ok installed\nVersion: 6.1.10\n"),
 		subUID:   put("subuid", "root:100000:65536\n"), subGID: put("subgid", "root:100000:65536\n"),
 		apparmor: put("profiles", "lxc-start (enforce)\n"),
+		runtime:  filepath.Join(dir, "runtime.toml"),
 	}
 	conf := config{Dataset: "tank/c", ProxmoxRoot: root, ProxmoxDatabase: filepath.Join(dir, "config.db"), Registry: filepath.Join(dir, "socket")}
 	if list := h.check(ctx, conf); list != nil {
@@ -74,6 +75,15 @@ func TestCheckProxmox(t *testing.T) {
 		}
 		t.Errorf("%s is not there", name)
 	}
+	put("runtime.toml", "IdmapPassthrough = true\n")
+	says("idmap", "every node needs pve-container 6.1.6", true)
+	packages := h.packages
+	h.packages = put("old", "Package: pve-container\nStatus: install ok installed\nVersion: 6.1.5\n")
+	says("idmap", "pve-container 6.1.5 does not read", true)
+	h.packages = packages
+	put("runtime.toml", "Foo = 1\n")
+	says("idmap", "unknown key Foo", false)
+	put("runtime.toml", "")
 	l.Close()
 	says("register", "systemctl restart containerd-pve", false)
 	h.apparmor = put("profiles", "lxc-start (enforce)\nlxc-stop (unconfined)\n")

@@ -185,7 +185,7 @@ func newProxmox(conf config, z zfs.Way, s snapshotter.Store, conn *grpc.ClientCo
 	if err != nil {
 		return nil, err
 	}
-	host.Env = thisProxmox.knowsEnv()
+	host.Env, host.Idmap = thisProxmox.knowsEnv(), pve.KnowsIdmap(thisProxmox.version("pve-container"))
 	d := &disks{conf: conf, node: node, zfs: z, store: s}
 	r, err := registry.New(node, recordsOf(conf), program, host, d)
 	if err != nil {

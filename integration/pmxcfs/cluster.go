@@ -27,20 +27,19 @@ type entry struct {
 	dir  bool
 	data []byte
 	time time.Time
-	// fresh is a file that was made and not written yet.
-	fresh bool
 }
 
 // Cluster is what all nodes see.
 type Cluster struct {
-	mu      sync.Mutex
-	entries map[string]*entry // by path, without a slash before it
-	nodes   []string
-	quorate bool
-	version int
-	writes  int
-	total   int
-	stall   sync.RWMutex
+	mu       sync.Mutex
+	entries  map[string]*entry // by path, without a slash before it
+	nodes    []string
+	quorate  bool
+	version  int
+	messages int
+	before   func(op, path string) syscall.Errno
+	total    int
+	stall    sync.RWMutex
 }
 
 // New is a cluster of nodes, without guests.
@@ -109,9 +108,27 @@ func (c *Cluster) taken(p string) bool {
 func (c *Cluster) changed(e *entry) {
 	c.version++
 	e.time = time.Now()
-	if !e.fresh {
-		c.writes++
+	c.messages++
+}
+
+// message is where a change begins: op is create, mkdir, write, rename or remove.
+func (c *Cluster) message(op, p string) syscall.Errno {
+	c.waited()
+	c.mu.Lock()
+	before := c.before
+	c.mu.Unlock()
+	if before == nil {
+		return 0
 	}
+	return before(op, p)
+}
+
+// SetBefore has f called before each change, with what is done and to which path. It may look at the cluster
+// and change it. Its error is the call's, and nothing is changed then; nil: no longer.
+func (c *Cluster) SetBefore(f func(op, path string) syscall.Errno) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.before = f
 }
 
 func (c *Cluster) lookup(p string) (entry, bool) {
@@ -155,7 +172,9 @@ func (c *Cluster) parent(p string) syscall.Errno {
 }
 
 func (c *Cluster) create(p string) syscall.Errno {
-	c.waited()
+	if errno := c.message("create", p); errno != 0 {
+		return errno
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if errno := c.parent(p); errno != 0 {
@@ -166,12 +185,13 @@ func (c *Cluster) create(p string) syscall.Errno {
 	}
 	c.entries[p] = &entry{}
 	c.changed(c.entries[p])
-	c.entries[p].fresh = true
 	return 0
 }
 
 func (c *Cluster) mkdir(p string) syscall.Errno {
-	c.waited()
+	if errno := c.message("mkdir", p); errno != 0 {
+		return errno
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if errno := c.parent(p); errno != 0 {
@@ -187,7 +207,9 @@ func (c *Cluster) mkdir(p string) syscall.Errno {
 
 // write puts data at an offset, or sets the size if data is nil.
 func (c *Cluster) write(p string, data []byte, offset int) syscall.Errno {
-	c.waited()
+	if errno := c.message("write", p); errno != 0 {
+		return errno
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e := c.entries[p]
@@ -217,12 +239,13 @@ func (c *Cluster) write(p string, data []byte, offset int) syscall.Errno {
 	e.data = content
 	c.total += size - before
 	c.changed(e)
-	e.fresh = false
 	return 0
 }
 
 func (c *Cluster) remove(p string, dir bool) syscall.Errno {
-	c.waited()
+	if errno := c.message("remove", p); errno != 0 {
+		return errno
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e := c.entries[p]
@@ -241,7 +264,7 @@ func (c *Cluster) remove(p string, dir bool) syscall.Errno {
 	delete(c.entries, p)
 	c.total -= len(e.data)
 	c.version++
-	c.writes++
+	c.messages++
 	return 0
 }
 
@@ -256,7 +279,9 @@ func (c *Cluster) inside(p string) bool {
 
 // rename replaces a file that is there, and moves directories only if they are empty.
 func (c *Cluster) rename(from, to string) syscall.Errno {
-	c.waited()
+	if errno := c.message("rename", to); errno != 0 {
+		return errno
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	e := c.entries[from]
@@ -360,12 +385,12 @@ func (c *Cluster) members(self string) []byte {
 	return append(text, '\n')
 }
 
-// Writes is how often something was written, made, renamed or removed: each is a
-// commit on every node. What goes on from a file's creation to its first write counts as one.
-func (c *Cluster) Writes() int {
+// Messages is how often something was made, written, renamed or removed: each is a message to every node, and
+// a commit there.
+func (c *Cluster) Messages() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.writes
+	return c.messages
 }
 
 // Stall has every call wait until resume is called, as a cluster does that is stuck.

@@ -9,8 +9,11 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
+	"time"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
@@ -61,10 +64,14 @@ func TestRefuses(t *testing.T) {
 	if text, err := os.ReadFile(filepath.Join(b, "nodes", "a", "lxc", "100.conf")); err != nil || string(text) != "memory: 512\n" {
 		t.Errorf("the other node reads %q, %v", text, err)
 	}
-	for _, s := range []string{"temporary", "local/x"} {
+	for _, s := range []string{"temporary", "local/x", "lxc/100.conf.tmp.7", "lxc/temporary", "qemu-server/temporary"} {
 		if err := put(filepath.Join(b, s), ""); err != nil {
 			t.Error(err)
 		}
+	}
+	// No name but a conf's own takes a number.
+	if list, err := os.ReadFile(filepath.Join(b, ".vmlist")); err != nil || strings.Count(string(list), `"node"`) != 1 {
+		t.Errorf("%s, %v", list, err)
 	}
 	for what, refused := range map[string]struct {
 		err  error
@@ -73,7 +80,10 @@ func TestRefuses(t *testing.T) {
 		"the same number":                  {put(conf, ""), unix.EEXIST},
 		"the same number on another node":  {put(filepath.Join(b, "lxc", "100.conf"), ""), unix.EEXIST},
 		"the same number as a VM":          {put(filepath.Join(b, "qemu-server", "100.conf"), ""), unix.EEXIST},
-		"a file renamed to that number":    {os.Rename(filepath.Join(b, "temporary"), filepath.Join(b, "lxc", "100.conf")), unix.EEXIST},
+		"a file renamed to that number":    {os.Rename(filepath.Join(b, "lxc/temporary"), filepath.Join(b, "lxc", "100.conf")), unix.EEXIST},
+		"one that is called so in part":    {os.Rename(filepath.Join(b, "lxc/100.conf.tmp.7"), filepath.Join(b, "lxc", "100.conf")), unix.EEXIST},
+		"a file renamed to it as a VM":     {os.Rename(filepath.Join(b, "qemu-server/temporary"), filepath.Join(b, "qemu-server", "100.conf")), unix.EEXIST},
+		"to it as a VM of the same node":   {os.Rename(filepath.Join(a, "nodes/b/qemu-server/temporary"), filepath.Join(a, "qemu-server", "100.conf")), unix.EEXIST},
 		"a symbolic link":                  {os.Symlink("x", filepath.Join(a, "s")), unix.ENOSYS},
 		"a FIFO":                           {unix.Mkfifo(filepath.Join(a, "f"), 0o600), unix.ENOSYS},
 		"an attribute":                     {unix.Setxattr(conf, "user.x", []byte("x"), 0), unix.ENOTSUP},
@@ -93,6 +103,10 @@ func TestRefuses(t *testing.T) {
 	if err := os.Chmod(conf, 0o640); err != nil {
 		t.Error(err)
 	}
+	// What is there under the same node and type is replaced.
+	if err := os.Rename(filepath.Join(a, "nodes/b/lxc/100.conf.tmp.7"), conf); err != nil {
+		t.Error(err)
+	}
 
 	c.SetQuorum(false)
 	if err := os.WriteFile(conf, []byte("x"), 0o640); !errors.Is(err, unix.EACCES) {
@@ -107,6 +121,221 @@ func TestRefuses(t *testing.T) {
 	}
 }
 
+// whole is a conf of which a part can be told from the whole.
+var whole = "#" + strings.Repeat("a line of some length\n#", 1000) + "\ntags: containerd\nunprivileged: 1\n"
+
+func ofWhole(int) (*pve.Conf, error) { return pve.Parse([]byte(whole)), nil }
+
+// confs are the confs of a node, as somebody reads them who takes no lock, and the names of its other files.
+func confs(t *testing.T, root, node string) (texts map[string]string, others []string) {
+	t.Helper()
+	dir := filepath.Join(root, "nodes", node, "lxc")
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Error(err)
+	}
+	texts = map[string]string{}
+	for _, e := range entries {
+		if !strings.HasSuffix(e.Name(), ".conf") {
+			others = append(others, e.Name())
+			continue
+		}
+		text, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			t.Error(err)
+		}
+		texts[e.Name()] = string(text)
+	}
+	return texts, others
+}
+
+// TestComplete: a conf is there as a whole or not at all, for whoever reads without a lock, on every node, before
+// and after each change; also where the making ended halfway, after which the number can be had.
+func TestComplete(t *testing.T) {
+	c, a, b := mounted(t)
+	ctx := context.Background()
+	n := &pve.Node{Root: a, Locks: t.TempDir()}
+	var ops []string
+	look := func(when string) (there bool) {
+		t.Helper()
+		texts, _ := confs(t, b, "a")
+		for name, text := range texts {
+			if text != whole {
+				t.Errorf("%s: %s has %d bytes, not %d", when, name, len(text), len(whole))
+			}
+		}
+		return len(texts) > 0
+	}
+	for end := 1; end < 10; end++ {
+		done := 0
+		ops = nil
+		c.SetBefore(func(op, _ string) syscall.Errno {
+			look("before " + op)
+			if done++; done >= end {
+				return syscall.EIO // also for what would be taken back: the process is gone
+			}
+			ops = append(ops, op)
+			return 0
+		})
+		_, err := n.Register(ctx, 100, ofWhole)
+		c.SetBefore(nil)
+		there := look("at the end")
+		if err == nil {
+			if !there {
+				t.Error("it is not there")
+			}
+			break
+		}
+		if there || !errdefs.IsUnavailable(err) {
+			t.Errorf("ended after %v: there %v, %v", ops, there, err)
+		}
+		if err := n.Tidy(ctx); err != nil {
+			t.Error(err)
+		}
+		if _, others := confs(t, a, "a"); len(others) > 0 {
+			t.Errorf("ended after %v: left %v", ops, others)
+		}
+	}
+	if want := []string{"create", "write", "rename"}; !slices.Equal(ops, want) {
+		t.Errorf("it is made by %v, not %v", ops, want)
+	}
+	if _, others := confs(t, a, "a"); len(others) > 0 {
+		t.Errorf("left: %v", others)
+	}
+
+	// A change is as whole.
+	before := whole
+	whole = strings.Replace(whole, "tags:", "memory: 64\ntags:", 1)
+	defer func() { whole = before }()
+	c.SetBefore(func(op, _ string) syscall.Errno {
+		if texts, _ := confs(t, b, "a"); texts["100.conf"] != before {
+			t.Errorf("before %s: %d bytes, not %d", op, len(texts["100.conf"]), len(before))
+		}
+		return 0
+	})
+	if err := n.Change(ctx, 100, func(c *pve.Conf) error { return c.Set("memory", "64") }); err != nil {
+		t.Error(err)
+	}
+	c.SetBefore(nil)
+	look("after the change")
+}
+
+// TestFirst: whoever has a number first keeps it: another node's or type's guest, which the cluster's filesystem sees to, one that
+// moves here meanwhile, and what somebody puts here who takes no lock.
+func TestFirst(t *testing.T) {
+	for name, c := range map[string]struct {
+		at   string // the change before which it happens
+		does func(t *testing.T, a, b string)
+		asks bool // for that number; else the next is given
+	}{
+		"another node's":           {"rename", func(t *testing.T, _, b string) { registers(t, b) }, false},
+		"another node's, asked":    {"rename", func(t *testing.T, _, b string) { registers(t, b) }, true},
+		"another node's, earlier":  {"write", func(t *testing.T, _, b string) { registers(t, b) }, true},
+		"a VM":                     {"rename", func(t *testing.T, _, b string) { puts(t, b, "qemu-server/100.conf") }, false},
+		"a VM of this node":        {"rename", func(t *testing.T, _, b string) { puts(t, b, "nodes/a/qemu-server/100.conf") }, false},
+		"put here without a lock":  {"write", func(t *testing.T, _, b string) { puts(t, b, "nodes/a/lxc/100.conf") }, true},
+		"put here, another number": {"write", func(t *testing.T, _, b string) { puts(t, b, "nodes/a/lxc/100.conf") }, false},
+		"one that moves here": {"write", func(t *testing.T, _, b string) {
+			puts(t, b, "lxc/100.conf")
+			if err := os.Rename(filepath.Join(b, "lxc/100.conf"), filepath.Join(b, "nodes/a/lxc/100.conf")); err != nil {
+				t.Error(err)
+			}
+		}, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cluster, a, b := mounted(t)
+			cluster.SetBefore(func(op, p string) syscall.Errno {
+				if op == c.at && strings.HasPrefix(p, "nodes/a/lxc/100.conf") {
+					cluster.SetBefore(nil) // what it does is not looked at
+					c.does(t, a, b)
+				}
+				return 0
+			})
+			n := &pve.Node{Root: a, Locks: t.TempDir()}
+			want := 0
+			if c.asks {
+				want = 100
+			}
+			vmid, err := n.Register(context.Background(), want, ofWhole)
+			if c.asks && !errdefs.IsAlreadyExists(err) || !c.asks && (err != nil || vmid != 101) {
+				t.Errorf("%d, %v", vmid, err)
+			}
+			t.Log(err)
+			here, others := confs(t, a, "a")
+			if len(others) > 0 || here["100.conf"] == whole || c.asks != (here["101.conf"] == "") {
+				t.Errorf("left: %d confs, %v", len(here), others)
+			}
+			messages := cluster.Messages()
+			if _, err := n.Register(context.Background(), 100, ofWhole); !errdefs.IsAlreadyExists(err) || cluster.Messages() != messages {
+				t.Errorf("asked for again: %v, by %d messages", err, cluster.Messages()-messages)
+			}
+		})
+	}
+}
+
+func registers(t *testing.T, root string) {
+	t.Helper()
+	n := &pve.Node{Root: root, Locks: t.TempDir()}
+	if vmid, err := n.Register(context.Background(), 100, func(int) (*pve.Conf, error) { return pve.Parse([]byte("tags: other\n")), nil }); err != nil || vmid != 100 {
+		t.Errorf("the other node: %d, %v", vmid, err)
+	}
+}
+
+func puts(t *testing.T, root, name string) {
+	t.Helper()
+	if err := put(filepath.Join(root, name), "tags: other\n"); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestTidy: what was left of a conf that was not put in place goes, and nothing else.
+func TestTidy(t *testing.T) {
+	c, a, _ := mounted(t)
+	ctx := context.Background()
+	n := &pve.Node{Root: a, Locks: t.TempDir()}
+	keep := []string{"100.conf.tmp.123", "100.conf.tmp.containerd-pve.x", "x.conf.tmp.containerd-pve", "0100.conf.tmp.containerd-pve", ".tmp-100.conf7", "notes"}
+	for _, name := range append([]string{"100.conf.tmp.containerd-pve", "200.conf.tmp.containerd-pve"}, keep...) {
+		puts(t, a, "lxc/"+name)
+	}
+	// One of them is being written.
+	made := make(chan error)
+	c.SetBefore(func(op, _ string) syscall.Errno {
+		if op != "rename" {
+			return 0
+		}
+		c.SetBefore(nil)
+		tidy, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+		defer cancel()
+		if err := n.Tidy(tidy); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("while it is written: %v", err)
+		}
+		return 0
+	})
+	go func() {
+		_, err := n.Register(ctx, 200, ofWhole)
+		made <- err
+	}()
+	if err := <-made; err != nil {
+		t.Error(err)
+	}
+	if err := n.Tidy(ctx); err != nil {
+		t.Error(err)
+	}
+	texts, others := confs(t, a, "a")
+	slices.Sort(keep)
+	slices.Sort(others)
+	if !slices.Equal(others, keep) || len(texts) != 1 || texts["200.conf"] != whole {
+		t.Errorf("left: %v", others)
+	}
+	messages := c.Messages()
+	if err := n.Tidy(ctx); err != nil || c.Messages() != messages {
+		t.Errorf("nothing is to do: %v, %d messages", err, c.Messages()-messages)
+	}
+}
+
 // TestNode: two nodes' processes register, change and remove at once, and no
 // number is given twice.
 func TestNode(t *testing.T) {
@@ -115,6 +344,27 @@ func TestNode(t *testing.T) {
 	locks := map[string]string{a: t.TempDir(), b: t.TempDir()}
 	var mu sync.Mutex
 	var got []int
+	// Somebody who takes no lock reads meanwhile.
+	reading, stop := make(chan struct{}), make(chan struct{})
+	reads := 0
+	go func() {
+		defer close(reading)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			for i, node := range []string{"a", "b"} {
+				texts, _ := confs(t, []string{b, a}[i], node)
+				for name, text := range texts {
+					if reads++; !strings.HasSuffix(text, "tags: containerd\n") {
+						t.Errorf("%s is %q", name, text)
+					}
+				}
+			}
+		}
+	}()
 	var all sync.WaitGroup
 	for i := range 100 {
 		root := []string{a, b}[i%2]
@@ -134,6 +384,9 @@ func TestNode(t *testing.T) {
 		})
 	}
 	all.Wait()
+	close(stop)
+	<-reading
+	t.Logf("%d reads", reads)
 	slices.Sort(got)
 	if distinct := slices.Compact(slices.Clone(got)); len(distinct) != 100 {
 		t.Errorf("%d numbers for 100: %v", len(distinct), got)

@@ -27,8 +27,11 @@ type Container struct {
 	// options that follow it in a conf ("size=8G"), if any.
 	Rootfs       string
 	Unprivileged bool
-	Nets         []Net // net0 and on
-	Limits       Limits
+	// IdmapPassthrough has the conf of an unprivileged one say that its volume is to be mapped by the mount: on the disk
+	// the files have the owners that the container sees.
+	IdmapPassthrough bool
+	Nets             []Net // net0 and on
+	Limits           Limits
 	// StopSignal is the number that `pct shutdown` sends; SIGTERM if 0.
 	StopSignal int
 	Args       []string
@@ -69,6 +72,8 @@ type Host struct {
 	Memory, Swap int64 // bytes
 	// Env says whether Proxmox knows entrypoint and environment, see KnowsEnv.
 	Env bool
+	// Idmap says whether it knows a volume's option idmap, see KnowsIdmap.
+	Idmap bool
 }
 
 // KnowsEnv says whether these versions of Debian's packages pve-container and
@@ -77,6 +82,12 @@ type Host struct {
 // installed is taken for new.
 func KnowsEnv(container, lxc string) bool {
 	return (container == "" || AtLeast(container, "v6.0.15")) && (lxc == "" || AtLeast(lxc, "v6.0.5-3"))
+}
+
+// KnowsIdmap says whether this version of Debian's package pve-container knows a volume's option idmap: since 6.1.6. An
+// older one lists no container at all of a node that has a stopped one with it. One that is not installed is taken for new.
+func KnowsIdmap(container string) bool {
+	return container == "" || AtLeast(container, "v6.1.6")
 }
 
 // AtLeast compares a version of Debian's or the kernel's, "6.12.118+deb13-amd64" for
@@ -121,12 +132,21 @@ func (c *Container) Conf(host Host) (*Conf, error) {
 	if err != nil {
 		return nil, err
 	}
+	var left []string
+	rootfs := c.Rootfs
+	if c.IdmapPassthrough && c.Unprivileged && !path.IsAbs(rootfs) { // a directory is mapped where it is
+		if host.Idmap {
+			rootfs += ",idmap=passthrough"
+		} else {
+			left = append(left, "idmap=passthrough, which this version of Proxmox does not know")
+		}
+	}
 	hostname := c.Hostname
 	if check("hostname", hostname) != nil {
 		hostname = HostnameOf(c.ID)
 	}
 	for _, p := range [][2]string{
-		{"arch", arch}, {"cmode", "shell"}, {"hostname", hostname}, {"ostype", "unmanaged"}, {"rootfs", c.Rootfs},
+		{"arch", arch}, {"cmode", "shell"}, {"hostname", hostname}, {"ostype", "unmanaged"}, {"rootfs", rootfs},
 		{"tags", strings.Join(c.tags(), ";")}, {"unprivileged", map[bool]string{false: "0", true: "1"}[c.Unprivileged]},
 	} {
 		if err := conf.Set(p[0], p[1]); err != nil {
@@ -141,7 +161,6 @@ func (c *Container) Conf(host Host) (*Conf, error) {
 	if err := c.Limits.Update(conf, host, AllParts); err != nil {
 		return nil, err
 	}
-	var left []string
 	env := c.Env
 	if line, ok := Entrypoint(c.Args); !host.Env {
 		left, env = append(left, "entrypoint and environment, which this version of Proxmox does not know"), nil

@@ -17,7 +17,7 @@ var update = flag.Bool("update", false, "write testdata/*.conf anew")
 
 const gib = 1 << 30
 
-var host = Host{Memory: 16 * gib, Swap: 2 * gib, Env: true}
+var host = Host{Memory: 16 * gib, Swap: 2 * gib, Env: true, Idmap: true}
 
 // TestGolden: whole confs.
 func TestGolden(t *testing.T) {
@@ -32,7 +32,11 @@ func TestGolden(t *testing.T) {
 			Arch: "arm64", Hostname: "web-7d9c", Rootfs: "tank:subvol-101-disk-0,size=8G", Unprivileged: true, Args: []string{"/pause"},
 			Limits: Limits{Memory: 300*mib + 1, Swap: 0, Quota: 150_000, Period: 100_000, Weight: 39},
 		},
-		"old": {Namespace: "default", ID: "db", Arch: "amd64", Rootfs: "tank:subvol-101-disk-0,size=8G", Args: []string{"true"}, Env: []string{"A=1"}},
+		"idmap":            {Namespace: "default", ID: "web", Arch: "amd64", Rootfs: "tank:subvol-101-disk-0,size=8G", Unprivileged: true, IdmapPassthrough: true, Args: []string{"true"}},
+		"idmap-old":        {Namespace: "default", ID: "web", Arch: "amd64", Rootfs: "tank:subvol-101-disk-0,size=8G", Unprivileged: true, IdmapPassthrough: true, Args: []string{"true"}},
+		"idmap-directory":  {Namespace: "default", ID: "web", Arch: "amd64", Rootfs: "/run/web/rootfs", Unprivileged: true, IdmapPassthrough: true, Args: []string{"true"}},
+		"idmap-privileged": {Namespace: "default", ID: "web", Arch: "amd64", Rootfs: "tank:subvol-101-disk-0,size=8G", IdmapPassthrough: true, Args: []string{"true"}},
+		"old":              {Namespace: "default", ID: "db", Arch: "amd64", Rootfs: "tank:subvol-101-disk-0,size=8G", Args: []string{"true"}, Env: []string{"A=1"}},
 		"hostile": {
 			Namespace: "a b;c", ID: "../\nlock: backup", Image: "x\nmemory: 16\n[snap]", Digest: "é%41:", Arch: "amd64", Hostname: "a\nb",
 			Rootfs: "/var/lib/x", Args: []string{"sh", "-c", "echo 'it'"}, Limits: Limits{Memory: 1, Swap: -1, Quota: 1, Period: 1_000_000, Weight: 10000},
@@ -42,6 +46,7 @@ func TestGolden(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			h := host
 			h.Env = name != "old" // as a node of Proxmox VE 8
+			h.Idmap = name != "idmap-old"
 			conf, err := c.Conf(h)
 			if err != nil {
 				t.Fatal(err)
@@ -74,6 +79,30 @@ func TestKnowsEnv(t *testing.T) {
 		if KnowsEnv(versions[0], versions[1]) != want {
 			t.Errorf("%q: %v", versions, !want)
 		}
+	}
+}
+
+func TestKnowsIdmap(t *testing.T) {
+	for version, want := range map[string]bool{"": true, "6.1.6": true, "6.1.10": true, "6.2.0~1": true, "7.0.1": true, "6.1.5": false, "5.3.5": false, "x": false} {
+		if KnowsIdmap(version) != want {
+			t.Errorf("%q: %v", version, !want)
+		}
+	}
+}
+
+// TestIdmapStays: what is changed of a conf leaves the volume's options alone.
+func TestIdmapStays(t *testing.T) {
+	c := Container{Namespace: "default", ID: "web", Arch: "amd64", Rootfs: "tank:subvol-101-disk-0,size=8G", Unprivileged: true, IdmapPassthrough: true}
+	conf, err := c.Conf(host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conf = Parse(conf.Bytes())
+	if err := (Limits{Memory: 64 * mib, Quota: 1000, Period: 100_000, Weight: 3}).Update(conf, host, AllParts); err != nil {
+		t.Fatal(err)
+	}
+	if rootfs, _ := conf.Get("rootfs"); rootfs != "tank:subvol-101-disk-0,size=8G,idmap=passthrough" || strings.Count(string(conf.Bytes()), "rootfs:") != 1 {
+		t.Errorf("%s", conf.Bytes())
 	}
 }
 

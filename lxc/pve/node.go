@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/moby/sys/atomicwriter"
 	"golang.org/x/sys/unix"
 )
 
@@ -107,9 +106,9 @@ func (n *Node) Free(vmid int) error {
 }
 
 // Register reserves a VMID and writes its conf, which of makes for it: want, or the
-// first that is free if want is 0. The reservation is the conf's own creation,
-// which the cluster's filesystem refuses if any node has a guest of that number; so no two
-// containers share one. Errors: AlreadyExists, want is taken; InvalidArgument, it is
+// first that is free if want is 0. The reservation is that the conf is put in place, whole,
+// which the cluster's filesystem refuses if another node has a guest of that number, and the lock on this one;
+// so no two containers share one. Errors: AlreadyExists, want is taken; InvalidArgument, it is
 // no VMID; ResourceExhausted, none of the range is free; Unavailable, the cluster has no quorum.
 func (n *Node) Register(ctx context.Context, want int, of func(vmid int) (*Conf, error)) (int, error) {
 	if want != 0 {
@@ -148,32 +147,6 @@ func (n *Node) Register(ctx context.Context, want int, of func(vmid int) (*Conf,
 	}
 	return 0, fmt.Errorf("no VMID from %d to %d is free (the range is vmid_range, or next-id in datacenter.cfg): %w", r.Lower, r.Upper-1, errdefs.ErrResourceExhausted)
 }
-
-// create fails with os.ErrExist if the number is taken. The lock keeps programs
-// that change confs from the moment between its creation and its one write, which alone leaves an empty
-// one: Proxmox's own tools put whole confs in place by renaming them, which replaces one that is there.
-func (n *Node) create(ctx context.Context, vmid int, of func(int) (*Conf, error)) error {
-	conf, err := of(vmid)
-	if err != nil {
-		return err
-	}
-	return n.locked(ctx, vmid, func() error {
-		name := n.conf(vmid)
-		f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o640)
-		if err != nil {
-			return n.failure("registering", vmid, err)
-		}
-		// One write is one change of the cluster's: nobody reads half of it.
-		_, err = f.Write(conf.Bytes())
-		if err = errors.Join(err, f.Close()); err != nil {
-			return n.failure("registering", vmid, errors.Join(err, os.Remove(name)))
-		}
-		return nil
-	})
-}
-
-// Empty says that nothing is in a conf, as create leaves it if it ends halfway.
-func (c *Conf) Empty() bool { return len(c.Bytes()) == 0 }
 
 // failure is of something done to a VMID. Errors: NotFound, Unavailable.
 func (n *Node) failure(doing string, vmid int, err error) error {
@@ -268,7 +241,7 @@ func (n *Node) Change(ctx context.Context, vmid int, change func(*Conf) error) e
 		if slices.Equal(before, conf.Bytes()) {
 			return nil // each write is a commit on every node
 		}
-		if err := atomicwriter.WriteFile(n.conf(vmid), conf.Bytes(), 0o640); err != nil {
+		if err := n.place(vmid, conf, func() error { return nil }); err != nil {
 			return n.failure("changing the conf of", vmid, err)
 		}
 		return nil

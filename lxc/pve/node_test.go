@@ -26,7 +26,10 @@ func newNode(t *testing.T, vmlist string) *Node {
 			t.Fatal(err)
 		}
 	}
-	if err := os.Mkdir(filepath.Join(root, "lxc"), 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Join(root, "nodes/self/lxc"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("nodes/self/lxc", filepath.Join(root, "lxc")); err != nil {
 		t.Fatal(err)
 	}
 	return &Node{Root: root, Locks: filepath.Join(t.TempDir(), "locks")}

@@ -39,6 +39,8 @@ type Options struct {
 	SystemdCgroup bool
 	// Unprivileged gives every container a user namespace that does not say otherwise.
 	Unprivileged bool
+	// IdmapPassthrough has Proxmox's conf of an unprivileged container say that Proxmox is to map its volume by the mount, too.
+	IdmapPassthrough bool
 	// Register is Required if empty.
 	Register Policy
 	// ProxmoxDatabase is what makes a host a node of Proxmox; pve.Database if empty.
@@ -62,6 +64,8 @@ type file struct {
 	SystemdCgroup bool
 	// Unprivileged gives every container a user namespace.
 	Unprivileged bool
+	// IdmapPassthrough writes idmap=passthrough into Proxmox's confs of unprivileged containers.
+	IdmapPassthrough bool
 	// Register is required, best-effort or off.
 	Register Policy
 	// ProxmoxDatabase is the file of Proxmox's cluster filesystem; a host with it is a node.
@@ -133,7 +137,7 @@ func (f *file) read(name string, body []byte) error {
 			for _, e := range strict.Errors {
 				keys = append(keys, strings.Join(e.Key(), "."))
 			}
-			return fmt.Errorf("%s: unknown key %s (known: LXCPath, LXCStart, Init, SystemdCgroup, Unprivileged, Register, ProxmoxDatabase, Registry): %w", name, strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+			return fmt.Errorf("%s: unknown key %s (known: LXCPath, LXCStart, Init, SystemdCgroup, Unprivileged, IdmapPassthrough, Register, ProxmoxDatabase, Registry): %w", name, strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 		}
 		return fmt.Errorf("%s: %w: %w", name, err, errdefs.ErrInvalidArgument)
 	}
@@ -146,7 +150,8 @@ func (f *file) read(name string, body []byte) error {
 
 func (f *file) options() Options {
 	return Options{
-		SystemdCgroup: f.SystemdCgroup, Unprivileged: f.Unprivileged, Register: f.Register, ProxmoxDatabase: f.ProxmoxDatabase, Registry: f.Registry,
+		SystemdCgroup: f.SystemdCgroup, Unprivileged: f.Unprivileged, IdmapPassthrough: f.IdmapPassthrough, Register: f.Register,
+		ProxmoxDatabase: f.ProxmoxDatabase, Registry: f.Registry,
 		LXC: lxc.Config{Path: f.LXCPath, Start: f.LXCStart, Init: f.Init},
 	}
 }

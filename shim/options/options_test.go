@@ -31,6 +31,7 @@ func TestParse(t *testing.T) {
 		{name: "body", in: body("LXCPath = '/p'\nInit = '/i'"), want: func(o Options) bool { return o.LXC.Path == "/p" && o.LXC.Init == "/i" }},
 		{name: "systemd off", in: body("SystemdCgroup = false"), want: func(o Options) bool { return o == Options{} }},
 		{name: "systemd on", in: body("SystemdCgroup = true"), want: func(o Options) bool { return o == Options{SystemdCgroup: true} }},
+		{name: "idmap", in: body("IdmapPassthrough = true"), want: func(o Options) bool { return o == Options{IdmapPassthrough: true} }},
 		{name: "a policy", in: body("Register = 'best-effort'"), want: func(o Options) bool { return o.Register == BestEffort }},
 		{name: "no policy", in: body("Register = 'maybe'"), fail: errdefs.IsInvalidArgument, says: "maybe"},
 		{name: "unknown key", in: body("Foo = 1"), fail: errdefs.IsInvalidArgument, says: "Foo"},

@@ -7,7 +7,9 @@ import (
 	"maps"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
+	"strings"
 	"sync"
 
 	api "github.com/containerd/containerd/api/runtime/task/v3"
@@ -52,6 +54,8 @@ type proxmox struct {
 	registrar registrar
 	namespace string
 	id        string
+	// idmap asks for the conf to say that the volume is mapped by its mount.
+	idmap bool
 	// stopSignal is what `pct shutdown` sends; 0: not known.
 	stopSignal int
 
@@ -80,6 +84,7 @@ func (p *proxmox) register(ctx context.Context, spec *specs.Spec, nets []pve.Net
 		Pod: spec.Annotations[criPod], PodNamespace: spec.Annotations[criPodNamespace],
 		Arch: runtime.GOARCH, Hostname: spec.Hostname, Unprivileged: unprivileged(spec), Nets: nets, Limits: p.limits,
 	}
+	c.IdmapPassthrough = p.idmap && c.Unprivileged && mapped(mounts)
 	if spec.Process != nil {
 		c.Args, c.Env = spec.Process.Args, spec.Process.Env
 	}
@@ -104,7 +109,7 @@ func (t *taskState) onProxmox(ctx context.Context, spec *specs.Spec, nets []pve.
 		return "", o.LXC, nil
 	}
 	p := &t.proxmox
-	p.registrar, p.namespace, p.id = registry.NewClient(cmp.Or(o.Registry, registry.Address)), t.service.namespace, t.id
+	p.registrar, p.namespace, p.id, p.idmap = registry.NewClient(cmp.Or(o.Registry, registry.Address)), t.service.namespace, t.id, o.IdmapPassthrough
 	name, err = p.register(ctx, spec, nets, r.Rootfs, filepath.Join(t.bundle, "rootfs"))
 	if err != nil {
 		p.registrar = nil
@@ -123,6 +128,12 @@ func (t *taskState) onProxmox(ctx context.Context, spec *specs.Spec, nets []pve.
 // unprivileged says whether the container has a user namespace of its own.
 func unprivileged(spec *specs.Spec) bool {
 	return spec.Linux != nil && len(spec.Linux.UIDMappings) > 0
+}
+
+// mapped says whether a root file system is mapped by its mount: on the disk its files have the owners
+// that the container sees.
+func mapped(mounts []*types.Mount) bool {
+	return len(mounts) == 1 && slices.ContainsFunc(mounts[0].Options, func(o string) bool { return strings.HasPrefix(o, "uidmap=") })
 }
 
 // limitsOf are the limits of a spec.

@@ -94,6 +94,25 @@ func TestRegister(t *testing.T) {
 		t.Error("the conf was written for what it does not say")
 	}
 
+	// What Proxmox is to map is what the mount maps, of an unprivileged container, if it is asked for.
+	uids := spec.Linux.UIDMappings
+	for _, c := range []struct {
+		idmap, unprivileged, mapped, want bool
+	}{{true, true, true, true}, {false, true, true, false}, {true, false, true, false}, {true, true, false, false}} {
+		mount := &types.Mount{Type: "zfs", Source: "tank/ours/7", Options: []string{"ro"}}
+		if c.mapped {
+			mount.Options = append(mount.Options, "uidmap=0:100000:65536", "gidmap=0:100000:65536")
+		}
+		spec.Linux.UIDMappings = uids
+		if !c.unprivileged {
+			spec.Linux.UIDMappings = nil
+		}
+		p.idmap = c.idmap
+		if _, err := p.register(ctx, spec, nil, []*types.Mount{mount}, ""); err != nil || a.container.IdmapPassthrough != c.want {
+			t.Errorf("%+v: %v, %v", c, a.container.IdmapPassthrough, err)
+		}
+	}
+
 	overlay := []*types.Mount{{Type: "overlay", Source: "overlay"}}
 	delete(spec.Annotations, annotationVMID)
 	if name, err := p.register(ctx, spec, nil, overlay, "/b/rootfs"); err != nil || name != "100" || a.want != 0 || a.disk != (registry.Disk{Directory: "/b/rootfs"}) || overlay[0].Source != "overlay" {

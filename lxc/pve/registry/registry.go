@@ -369,8 +369,8 @@ func (r *Registry) hasDisk(ctx context.Context, dataset string) (bool, error) {
 func (r *Registry) conf(ctx context.Context, rec *Record) (*pve.Conf, error) {
 	conf, err := r.node.Read(rec.VMID)
 	if err == nil && conf.Empty() {
-		// The daemon ended between making it and writing it; the record was first. One that
-		// is being made now is locked, and not empty any more when Remove has the lock.
+		// A daemon of an older release ended between making it and writing it; the record was first. One that
+		// it is making now is locked, and not empty any more when Remove has the lock.
 		if err := r.node.Remove(ctx, rec.VMID, (*pve.Conf).Empty, func(*pve.Conf) error { return nil }); err != nil && !errdefs.IsFailedPrecondition(err) {
 			return nil, err
 		}

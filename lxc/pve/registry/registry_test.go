@@ -97,7 +97,7 @@ func newRegistry(t *testing.T) (*Registry, *disks) {
 	}
 	d := &disks{moved: map[string]string{}}
 	node := &pve.Node{Root: root, Locks: filepath.Join(t.TempDir(), "locks")}
-	r, err := New(node, filepath.Join(t.TempDir(), "records"), "/usr/local/bin/containerd-pve", pve.Host{Memory: 1 << 30, Swap: 0}, d)
+	r, err := New(node, filepath.Join(t.TempDir(), "records"), "/usr/local/bin/containerd-pve", pve.Host{Memory: 1 << 30, Swap: 0, Idmap: true}, d)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -40,7 +40,7 @@ func TestService(t *testing.T) {
 		<-done
 	})
 	c := pve.Container{
-		Namespace: "k8s.io", ID: "x", Image: "i", Digest: "sha256:1", Pod: "p", PodNamespace: "pn", Arch: "amd64", Hostname: "h", Unprivileged: true,
+		Namespace: "k8s.io", ID: "x", Image: "i", Digest: "sha256:1", Pod: "p", PodNamespace: "pn", Arch: "amd64", Hostname: "h", Unprivileged: true, IdmapPassthrough: true,
 		Nets: []pve.Net{{
 			Name: "eth0", Bridge: "vmbr0", HWAddr: "BC:24:11:00:00:01", MTU: 1400, Tag: 7,
 			IP4: netip.MustParsePrefix("10.0.0.5/24"), GW4: netip.MustParseAddr("10.0.0.1"), IP6: netip.MustParsePrefix("fd00::5/64"), GW6: netip.MustParseAddr("fd00::1"),

@@ -15,7 +15,7 @@ import (
 // Sweep brings records, confs and datasets together again: what has no container
 // any more is removed, a conf that somebody removed is written again as long as its disk is
 // there, and a conf of ours without a record, as after the loss of the records, gets one or is
-// removed too. exists says whether containerd has a container. What could not be done is logged
+// removed too, as is what a crash left of one that was being written. exists says whether containerd has a container. What could not be done is logged
 // and left to the next sweep; the error is of what kept it from looking.
 func (r *Registry) Sweep(ctx context.Context, exists func(ctx context.Context, namespace, id string) (bool, error)) error {
 	all, err := r.List()
@@ -51,6 +51,9 @@ func (r *Registry) Sweep(ctx context.Context, exists func(ctx context.Context, n
 		if err := r.orphan(ctx, vmid, exists); err != nil {
 			log.G(ctx).WithError(err).Warnf("VMID %d, which has no record, is looked at again later", vmid)
 		}
+	}
+	if err := r.node.Tidy(ctx); err != nil {
+		log.G(ctx).WithError(err).Warn("confs that a crash left unfinished are looked for again later")
 	}
 	return nil
 }

@@ -90,7 +90,71 @@ func TestSweep(t *testing.T) {
 	}
 }
 
-// TestHalfMade: the daemon ended when it had made a conf and not yet written it.
+// TestCrash: the daemon ended at each step of making a conf. It is made by the next task or the sweep, under its
+// number and as a whole, and what is left of the first try goes; nobody else's file does.
+func TestCrash(t *testing.T) {
+	const unfinished, others = "100.conf.tmp.containerd-pve", "100.conf.tmp.4711"
+	for name, left := range map[string]func(text string) map[string]string{
+		"before the conf":        func(string) map[string]string { return nil },
+		"its file is made":       func(string) map[string]string { return map[string]string{unfinished: ""} },
+		"half of it is written":  func(text string) map[string]string { return map[string]string{unfinished: text[:len(text)/2]} },
+		"all of it is written":   func(text string) map[string]string { return map[string]string{unfinished: text} },
+		"it is in place":         func(text string) map[string]string { return map[string]string{"100.conf": text} },
+		"it was being changed":   func(text string) map[string]string { return map[string]string{"100.conf": text, unfinished: text[:9]} },
+		"and by an older daemon": func(string) map[string]string { return map[string]string{"100.conf": ""} },
+	} {
+		for _, by := range []string{"task", "sweep", "removed"} {
+			t.Run(name+", "+by, func(t *testing.T) {
+				r, _ := newRegistry(t)
+				r.register(t, "web", "tank/ours/web")
+				text := r.text(t, 100)
+				if err := os.Remove(r.confFile("100")); err != nil {
+					t.Fatal(err)
+				}
+				dir := filepath.Dir(r.confFile("100"))
+				files := left(text)
+				if files == nil {
+					files = map[string]string{}
+				}
+				files[others] = "x"
+				for file, text := range files {
+					if err := os.WriteFile(filepath.Join(dir, file), []byte(text), 0o600); err != nil {
+						t.Fatal(err)
+					}
+				}
+				want := []string{"100.conf", others}
+				switch by {
+				case "task":
+					if vmid := r.register(t, "web", "tank/data/subvol-100-disk-0"); vmid != 100 {
+						t.Errorf("VMID %d", vmid)
+					}
+					r.sweep(t, "web")
+				case "sweep":
+					r.sweep(t, "web")
+				default:
+					r.sweep(t)
+					want = want[1:]
+				}
+				entries, err := os.ReadDir(dir)
+				if err != nil {
+					t.Fatal(err)
+				}
+				var names []string
+				for _, e := range entries {
+					names = append(names, e.Name())
+				}
+				if !slices.Equal(names, want) {
+					t.Errorf("%v, not %v", names, want)
+				}
+				if by != "removed" && r.text(t, 100) != text {
+					t.Errorf("the conf:\n%s", r.text(t, 100))
+				}
+			})
+		}
+	}
+}
+
+// TestHalfMade: a daemon that made a conf before it wrote it ended between the two: that of an older release.
 func TestHalfMade(t *testing.T) {
 	r, _ := newRegistry(t)
 	texts := map[string]string{}
