@@ -309,8 +309,8 @@ func (c *cluster) until(what string, f func() bool) {
 	c.Fatalf("not within a minute: %s", what)
 }
 
-// TestNode: the installer of deploy/kubernetes on a node with containerd 2.4.
-func TestNode(t *testing.T) {
+// TestLongNode: the installer of deploy/kubernetes on a node with containerd 2.4.
+func TestLongNode(t *testing.T) {
 	node(t, "/usr/local/bin/containerd", "", "version = 3\n[plugins.'io.containerd.cri.v1.images'.pinned_images]\n  sandbox = '"+cri.PauseImage+"'\n")
 }
 
