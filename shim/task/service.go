@@ -37,6 +37,7 @@ import (
 	"github.com/containerd-pve/containerd-pve/shim/options"
 	"github.com/containerd-pve/containerd-pve/shim/rpc"
 	"github.com/containerd-pve/containerd-pve/shim/stdio"
+	"github.com/containerd-pve/containerd-pve/snapshotter/mounts"
 )
 
 const (
@@ -209,6 +210,10 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 		}
 	}()
 
+	// A mount that a task before has left is not this one's.
+	for i, m := range mount.FromProto(r.Rootfs) {
+		r.Rootfs[i] = mount.ToProto([]mount.Mount{mounts.Anew(m)})[0]
+	}
 	spec, err := readSpec(r.Bundle)
 	if err != nil {
 		return nil, err
