@@ -807,6 +807,7 @@ func (s *Service) Stats(_ context.Context, r *api.StatsRequest) (*api.StatsRespo
 	if err != nil {
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
+	limitsToo(metrics.GetMemory(), filepath.Join(cgroupRoot, t.container.PayloadPath()))
 	a, err := anyOf(metrics)
 	if err != nil {
 		return nil, err

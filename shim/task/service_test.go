@@ -99,6 +99,7 @@ func (c *fakeContainer) Resume(context.Context) error                        { c
 func (c *fakeContainer) Update(context.Context, *specs.LinuxResources) error { return nil }
 func (c *fakeContainer) Pids(context.Context) ([]int, error)                 { return []int{100, 200}, nil }
 func (c *fakeContainer) CgroupPath() string                                  { return "/containerd-pve-test/none" }
+func (c *fakeContainer) PayloadPath() string                                 { return c.CgroupPath() + "/payload" }
 func (c *fakeContainer) OOMKills() uint64                                    { return 0 }
 func (c *fakeContainer) Delete(context.Context) error                        { return nil }
 
