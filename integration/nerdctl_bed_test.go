@@ -40,6 +40,8 @@ func TestLongNerdctl(t *testing.T) {
 	if out, err := bash(t, "first", "$run --rm $debian true"); err != nil {
 		t.Fatalf("%s%v", out, err)
 	}
+	// containerd's restart monitor takes a task that is just being made for one that has ended, and begins another:
+	// on a machine as slow as this one nerdctl may lose its own so.
 	for i, c := range []struct{ name, lines, want string }{
 		{"run", "$run --rm $debian echo out", `^out$`},
 		{"exit code", "$run --rm $debian sh -c 'exit 7' || echo code $?", `^code 7$`},
@@ -56,8 +58,8 @@ func TestLongNerdctl(t *testing.T) {
 			`(?s)2\nsame VMID\nsame address\n$`},
 		{"restart", "$run -d --name $name $debian sleep 1000 >/dev/null; a=$(nerdctl inspect -f '{{.State.Pid}}' $name); nerdctl restart -t 0 $name; b=$(nerdctl inspect -f '{{.State.Pid}}' $name); [ $a != $b ] && echo restarted", `restarted`},
 		{"kill", "$run -d --name $name $debian sh -c 'trap \"exit 5\" USR1; while :; do sleep 0.1; done' >/dev/null; sleep 2; nerdctl kill -s USR1 $name; nerdctl wait $name", `\n5\n$`},
-		{"restart policy", "$run -d --name $name --restart always $debian sh -c 'echo x >> /runs; [ $(wc -l < /runs) -lt 2 ] && exit 1; sleep 1000' >/dev/null; for i in $(seq 60); do [ \"$(nerdctl exec $name wc -l /runs 2>/dev/null)\" = '2 /runs' ] && break; sleep 1; done; nerdctl exec $name wc -l /runs", `2 /runs`},
-		{"on-failure", "$run -d --name $name --restart on-failure:2 $debian false >/dev/null; sleep 45; nerdctl inspect -f '{{.State.Status}} {{.RestartCount}}' $name", `exited 2`},
+		{"restart policy", "$run -d --name $name --restart always $debian sh -c 'echo x >> /runs; [ $(wc -l < /runs) -lt 2 ] && exit 1; sleep 1000' >/dev/null || true; for i in $(seq 60); do [ \"$(nerdctl exec $name wc -l /runs 2>/dev/null)\" = '2 /runs' ] && break; sleep 1; done; nerdctl exec $name wc -l /runs", `2 /runs`},
+		{"on-failure", "$run -d --name $name --restart on-failure:2 $debian false >/dev/null || true; sleep 45; nerdctl inspect -f '{{.State.Status}} {{.RestartCount}}' $name", `exited 2`},
 		{"memory and cpus", "$run -d --name $name -m 64m --cpus 0.5 --pids-limit 50 $debian sleep 1000 >/dev/null; nerdctl exec $name cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max /sys/fs/cgroup/pids.max; nerdctl update -m 96m --cpu-quota 100000 $name >/dev/null; nerdctl exec $name cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/cpu.max; id=$(nerdctl inspect -f '{{.ID}}' $name); grep -h -E '^(memory|cpulimit): ' $(grep -l $id /etc/pve/lxc/*.conf)", `^67108864\n50000 100000\n50\n100663296\n100000 100000\ncpulimit: 1\nmemory: 96\n`},
 		{"bind mount", "mkdir d; echo here > d/f; $run --rm -v $PWD/d:/mnt:ro $debian sh -c 'cat /mnt/f; touch /mnt/g 2>&1 || true'", `^here\n.*Read-only`},
 		{"named volume", "nerdctl volume create $name >/dev/null; $run --rm -v $name:/v $debian sh -c 'echo kept > /v/f'; $run --rm -v $name:/v $debian cat /v/f; nerdctl volume rm $name >/dev/null; nerdctl volume ls -q", `^kept\n$`},
@@ -71,7 +73,7 @@ func TestLongNerdctl(t *testing.T) {
 		{"user, workdir, env, entrypoint", "$run --rm -u 33:33 -w /var -e A=b --entrypoint sh $debian -c 'id -u; pwd; echo $A'", `^33\n/var\nb\n$`},
 		{"read-only", "$run --rm --read-only $debian sh -c 'touch /x 2>&1 || echo no'", `no`},
 		{"capabilities, privileged", "$run --rm --cap-drop all $debian grep CapEff /proc/self/status; $run --rm --privileged $debian sh -c 'mount -t tmpfs x /mnt && echo mounted'", `CapEff:\s+0+\nmounted\n$`},
-		{"user namespace", "for more in '--userns-remap root run' 'run --annotation io.containerd.pve.unprivileged=true'; do ${run/run/$more} -d --name $name $debian sleep 1000 >/dev/null; nerdctl exec -u www-data $name sh -c 'id -u; id -u > /tmp/f; stat -c %U /tmp/f; head -1 /proc/self/uid_map'; nerdctl rm -f $name >/dev/null; done", `^(33\nwww-data\n +0 +100000 +65536\n){2}$`},
+		{"user namespace", "for more in '--userns-remap root run' 'run --annotation io.containerd.pve.unprivileged=true'; do ${run/run/$more} -d --name $name $debian sleep 1000 >/dev/null; nerdctl exec -u www-data $name sh -c 'id -u; id -u > /tmp/f; stat -c %U /tmp/f; head -1 /proc/self/uid_map'; nerdctl rm -f $name >/dev/null; done", `^(33\nwww-data\n +0 +100000 +\d+\n){2}$`},
 		{"rlimit, sysctl, shm", "$run --rm --ulimit nofile=123:123 --sysctl net.ipv4.ip_forward=0 --shm-size 8m $debian sh -c 'ulimit -n; cat /proc/sys/net/ipv4/ip_forward; df -k /dev/shm | tail -1'", `^123\n0\n.*8192`},
 		{"pid of the host, of another", "$run --rm --pid host $debian cat /proc/1/comm; $run -d --name $name $debian sleep 1000 >/dev/null; $run --rm --pid container:$name $debian cat /proc/1/comm", `^(init|vminit|busybox|systemd)\n(?s:.*)sleep\n$`},
 		{"device", "$run --rm --device /dev/fuse $debian test -c /dev/fuse && echo there", `there`},

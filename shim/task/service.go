@@ -610,6 +610,7 @@ func (s *Service) Wait(ctx context.Context, r *api.WaitRequest) (*api.WaitRespon
 
 // Kill signals one process, or all of the container.
 func (s *Service) Kill(ctx context.Context, r *api.KillRequest) (*emptypb.Empty, error) {
+	s.await(ctx, r.ID)
 	p, err := s.findProcess(r.ID, r.ExecID)
 	if err != nil {
 		return nil, err
