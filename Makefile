@@ -85,6 +85,7 @@ conformance:
 	$(bed) conformance $(if $(value RUN),-run "$$RUN") $(if $(update),-update) $(if $(zfs),-zfs $(zfs))
 	$(if $(value RUN),,RUN='^TestLongProcessOfRunc$$' $(bed) test ./integration)
 	$(if $(value RUN),,RUN='^TestLong' $(bed) test ./integration/install ./integration/cri)
+	$(if $(value RUN),,RUN='^TestLongNerdctl$$' $(bed) test -nerdctl ./integration)
 
 testbed:
 	$(bed) setup

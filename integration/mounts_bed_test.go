@@ -9,6 +9,9 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/containerd/containerd/api/services/tasks/v1"
+	"github.com/containerd/containerd/v2/client"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -250,4 +253,32 @@ func TestMountsThatFail(t *testing.T) {
 	if !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "linux.mountLabel") {
 		t.Errorf("mount label without SELinux: %v", err)
 	}
+}
+
+// TestMountsOfRunning: a tool reads a running container's files as nerdctl exec --user does, and a task that is
+// given such a mount has one of its own all the same.
+func TestMountsOfRunning(t *testing.T) {
+	b := start(t, options{args: []string{"sleep", "1000"}})
+	b.write("/data", "1")
+	info, err := b.container.Info(b.ctx)
+	must(t, err)
+	m, err := b.client.SnapshotService(info.Snapshotter).Mounts(b.ctx, info.SnapshotKey)
+	must(t, err)
+	must(t, mount.WithReadonlyTempMount(b.ctx, m, func(root string) error {
+		got, err := os.ReadFile(filepath.Join(root, "data"))
+		if string(got) != "1\n" {
+			t.Errorf("%q is read", got)
+		}
+		return err
+	}))
+	if _, err := b.task.Delete(b.ctx, client.WithProcessKill); err != nil {
+		t.Fatal(err)
+	}
+	_, err = b.client.TaskService().Create(b.ctx, &tasks.CreateTaskRequest{ContainerID: b.container.ID(), Rootfs: mount.ToProto(m)})
+	must(t, err)
+	b.task, err = b.container.Task(b.ctx, nil)
+	must(t, err)
+	must(t, b.task.Start(b.ctx))
+	b.isFile("/data", "1")
+	b.remove()
 }

@@ -17,6 +17,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter/mounts"
 )
 
 // toolRun runs `containerd-pve container` and wants its status.
@@ -197,7 +199,11 @@ func datasetOf(t *testing.T, b *box) string {
 	must(t, err)
 	m, err := b.client.SnapshotService(info.Snapshotter).Mounts(b.ctx, info.SnapshotKey)
 	must(t, err)
-	return m[0].Source
+	dataset, ok := mounts.Dataset(m[0])
+	if !ok {
+		t.Fatalf("mounts %+v", m)
+	}
+	return dataset
 }
 
 // TestProxmoxState: on a node of Proxmox a state is one of Proxmox's snapshots as well, with the limits of then.

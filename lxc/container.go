@@ -420,6 +420,9 @@ func (c *Container) OOMKills() uint64 {
 // CgroupPath is the container's cgroup below /sys/fs/cgroup, as "/default/id".
 func (c *Container) CgroupPath() string { return c.state.Cgroup }
 
+// PayloadPath is the cgroup of its processes, below CgroupPath. It goes with the last of them.
+func (c *Container) PayloadPath() string { return filepath.Join(c.state.Cgroup, payload) }
+
 // Delete removes what is left of a container that has ended.
 func (c *Container) Delete(ctx context.Context) error {
 	select {

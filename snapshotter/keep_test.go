@@ -15,12 +15,12 @@ import (
 )
 
 // mounts counts what is mounted.
-type mounts struct {
+type mountings struct {
 	now atomic.Int64
 	err error
 }
 
-func (m *mounts) mount(context.Context, string) (io.Closer, error) {
+func (m *mountings) mount(context.Context, string) (io.Closer, error) {
 	if m.err != nil {
 		return nil, m.err
 	}
@@ -41,7 +41,7 @@ func TestKeeps(t *testing.T) {
 	if !ok {
 		t.Fatal("another type")
 	}
-	m := &mounts{}
+	m := &mountings{}
 	s.keeps.mount = m.mount
 	layer := snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: "sha256:1"})
 	kept := func(want int64) {

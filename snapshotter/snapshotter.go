@@ -32,6 +32,7 @@ import (
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
+	"github.com/containerd-pve/containerd-pve/snapshotter/mounts"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
@@ -411,7 +412,7 @@ func (s *snapshotter) undoCreate(ctx context.Context, key string) error {
 }
 
 func (s *snapshotter) mounts(kind snapshots.Kind, id string, labels map[string]string) []mount.Mount {
-	m := mount.Mount{Type: "zfs", Source: s.name(id)}
+	m := mounts.Of(s.name(id))
 	if kind == snapshots.KindView {
 		m.Options = append(m.Options, "ro")
 	}
@@ -422,16 +423,22 @@ func (s *snapshotter) mounts(kind snapshots.Kind, id string, labels map[string]s
 	return []mount.Mount{m}
 }
 
+// Mounts is how to mount a snapshot: where it is mounted for writing, as a container's
+// that runs is, by a bind mount.
 func (s *snapshotter) Mounts(ctx context.Context, key string) (m []mount.Mount, err error) {
+	active := false
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		sn, err := storage.GetSnapshot(ctx, key)
 		if err != nil {
 			return err
 		}
 		_, info, _, err := storage.GetInfo(ctx, key)
-		m = s.mounts(sn.Kind, sn.ID, info.Labels)
+		m, active = s.mounts(sn.Kind, sn.ID, info.Labels), sn.Kind == snapshots.KindActive
 		return err
 	})
+	if err == nil && active {
+		m[0] = s.shared(ctx, m[0])
+	}
 	return m, err
 }
 

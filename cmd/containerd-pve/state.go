@@ -18,6 +18,7 @@ import (
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
 	tasksapi "github.com/containerd/containerd/api/services/tasks/v1"
 	tasktypes "github.com/containerd/containerd/api/types/task"
+	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -33,6 +34,7 @@ import (
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
 	"github.com/containerd-pve/containerd-pve/lxc/pve/registry"
 	"github.com/containerd-pve/containerd-pve/snapshotter/compare"
+	"github.com/containerd-pve/containerd-pve/snapshotter/mounts"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 	"github.com/containerd-pve/containerd-pve/template/state"
 )
@@ -312,10 +314,14 @@ func (s *stateTool) open(ctx context.Context, set bool, name string) (_ context.
 	if err != nil {
 		return fail(fmt.Errorf("the root file system of container %s: %w", id, errgrpc.ToNative(err)))
 	}
-	if found.Snapshotter != snapshotterName || len(m.Mounts) != 1 || m.Mounts[0].Type != "zfs" {
+	dataset, onZFS := "", false
+	if len(m.Mounts) == 1 {
+		dataset, onZFS = mounts.Dataset(mount.FromProto(m.Mounts)[0])
+	}
+	if found.Snapshotter != snapshotterName || !onZFS {
 		return fail(fmt.Errorf("container %s has its root file system from snapshotter %q; only those of %s have a state on ZFS: %w", id, found.Snapshotter, snapshotterName, errdefs.ErrFailedPrecondition))
 	}
-	c := state.Container{ID: id, Dataset: m.Mounts[0].Source}
+	c := state.Container{ID: id, Dataset: dataset}
 	if c.VMID, err = registry.Lookup(recordsOf(conf), namespace, id); err != nil && !errdefs.IsNotFound(err) {
 		return fail(err)
 	}

@@ -2,11 +2,36 @@ package task
 
 import (
 	"context"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
 
 	"github.com/containerd/cgroups/v3/cgroup2"
+	"github.com/containerd/cgroups/v3/cgroup2/stats"
 	eventsapi "github.com/containerd/containerd/api/events"
 	"github.com/containerd/log"
 )
+
+const cgroupRoot = "/sys/fs/cgroup"
+
+// limitsToo puts the limits of the cgroup in dir in the place of higher ones: a
+// container of Proxmox's is limited where its processes are, below the cgroup that is counted. One that
+// has ended has none.
+func limitsToo(m *stats.MemoryStat, dir string) {
+	if m == nil {
+		return
+	}
+	for file, limit := range map[string]*uint64{"memory.max": &m.UsageLimit, "memory.swap.max": &m.SwapLimit} {
+		text, err := os.ReadFile(filepath.Join(dir, file))
+		if err != nil {
+			continue
+		}
+		if n, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64); err == nil { // else "max"
+			*limit = min(*limit, n)
+		}
+	}
+}
 
 // watchOOM publishes an event for every process the OOM killer took.
 func (t *taskState) watchOOM(ctx context.Context) {

@@ -27,6 +27,7 @@ type Container interface {
 	Update(ctx context.Context, r *specs.LinuxResources) error
 	Pids(ctx context.Context) ([]int, error)
 	CgroupPath() string
+	PayloadPath() string
 	OOMKills() uint64
 	Delete(ctx context.Context) error
 }

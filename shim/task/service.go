@@ -37,6 +37,7 @@ import (
 	"github.com/containerd-pve/containerd-pve/shim/options"
 	"github.com/containerd-pve/containerd-pve/shim/rpc"
 	"github.com/containerd-pve/containerd-pve/shim/stdio"
+	"github.com/containerd-pve/containerd-pve/snapshotter/mounts"
 )
 
 const (
@@ -209,6 +210,10 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 		}
 	}()
 
+	// A mount that a task before has left is not this one's.
+	for i, m := range mount.FromProto(r.Rootfs) {
+		r.Rootfs[i] = mount.ToProto([]mount.Mount{mounts.Anew(m)})[0]
+	}
 	spec, err := readSpec(r.Bundle)
 	if err != nil {
 		return nil, err
@@ -605,6 +610,7 @@ func (s *Service) Wait(ctx context.Context, r *api.WaitRequest) (*api.WaitRespon
 
 // Kill signals one process, or all of the container.
 func (s *Service) Kill(ctx context.Context, r *api.KillRequest) (*emptypb.Empty, error) {
+	s.await(ctx, r.ID)
 	p, err := s.findProcess(r.ID, r.ExecID)
 	if err != nil {
 		return nil, err
@@ -802,6 +808,7 @@ func (s *Service) Stats(_ context.Context, r *api.StatsRequest) (*api.StatsRespo
 	if err != nil {
 		return nil, fmt.Errorf("task %s: %w", r.ID, err)
 	}
+	limitsToo(metrics.GetMemory(), filepath.Join(cgroupRoot, t.container.PayloadPath()))
 	a, err := anyOf(metrics)
 	if err != nil {
 		return nil, err

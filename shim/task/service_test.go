@@ -3,6 +3,7 @@ package task
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
@@ -99,6 +100,7 @@ func (c *fakeContainer) Resume(context.Context) error                        { c
 func (c *fakeContainer) Update(context.Context, *specs.LinuxResources) error { return nil }
 func (c *fakeContainer) Pids(context.Context) ([]int, error)                 { return []int{100, 200}, nil }
 func (c *fakeContainer) CgroupPath() string                                  { return "/containerd-pve-test/none" }
+func (c *fakeContainer) PayloadPath() string                                 { return c.CgroupPath() + "/payload" }
 func (c *fakeContainer) OOMKills() uint64                                    { return 0 }
 func (c *fakeContainer) Delete(context.Context) error                        { return nil }
 
@@ -316,25 +318,56 @@ func TestShutdown(t *testing.T) {
 	ask(true)
 }
 
+// TestKilledBeforeItIsMade: containerd's restart monitor kills a task that does not run yet, and deletes it then. Was it told that
+// there is none, containerd ended the shim in the middle.
+func TestKilledBeforeItIsMade(t *testing.T) {
+	f := &fake{making: make(chan struct{})}
+	s, _, bundle := service(t, f)
+	ctx := t.Context()
+	made, killed := make(chan error, 1), make(chan error, 1)
+	go func() { made <- s.make("c", bundle) }()
+	s.begun("c")
+	go func() {
+		_, err := s.Kill(ctx, &api.KillRequest{ID: "c", Signal: 9, All: true})
+		killed <- err
+	}()
+	time.Sleep(10 * time.Millisecond)
+	close(f.making)
+	if err := errors.Join(<-made, <-killed); err != nil {
+		t.Fatal(err)
+	}
+	if w, err := s.Wait(ctx, &api.WaitRequest{ID: "c"}); err != nil || w.ExitStatus != 137 {
+		t.Errorf("it ended with %v, %v", w, err)
+	}
+}
+
+// make is a Create.
+func (s *Service) make(id, bundle string) error {
+	_, err := s.Create(context.Background(), &api.CreateTaskRequest{ID: id, Bundle: bundle})
+	return err
+}
+
+// begun waits for the begin of a task's Create.
+func (s *Service) begun(id string) {
+	for {
+		s.mu.Lock()
+		there := s.tasks[id] != nil
+		s.mu.Unlock()
+		if there {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // TestBeforeItIsMade: who asks for a task that is just being made, closes its input, or waits for its end (nerdctl's logging program), waits for that.
 func TestBeforeItIsMade(t *testing.T) {
 	f := &fake{making: make(chan struct{})}
 	s, _, bundle := service(t, f)
 	ctx := t.Context()
 	failed := make(chan error, 4)
-	go func() {
-		_, err := s.Create(ctx, &api.CreateTaskRequest{ID: "c", Bundle: bundle})
-		failed <- err
-	}()
-	for {
-		s.mu.Lock()
-		there := s.tasks["c"] != nil
-		s.mu.Unlock()
-		if there {
-			break
-		}
-		time.Sleep(time.Millisecond)
-	}
+	go func() { failed <- s.make("c", bundle) }()
+	s.begun("c")
 	short, cancel := context.WithTimeout(ctx, time.Millisecond)
 	defer cancel()
 	if r, err := s.State(short, &api.StateRequest{ID: "c"}); err != nil || r.Status != task.Status_CREATED || r.Pid != 0 {

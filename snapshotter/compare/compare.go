@@ -35,6 +35,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
 
+	"github.com/containerd-pve/containerd-pve/snapshotter/mounts"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
@@ -144,10 +145,14 @@ type side struct {
 // side says which snapshot mounts are of. How ids are mapped where it is mounted
 // is nothing to its files.
 func (c *Comparer) side(m []mount.Mount) (side, error) {
-	if len(m) != 1 || m[0].Type != "zfs" || !c.owns(m[0].Source) {
+	dataset, ours := "", false
+	if len(m) == 1 {
+		dataset, ours = mounts.Dataset(m[0])
+	}
+	if !ours || !c.owns(dataset) {
 		return side{}, fmt.Errorf("these mounts are no snapshot of pve-zfs: %w", errdefs.ErrNotImplemented)
 	}
-	return side{dataset: m[0].Source, view: slices.Contains(m[0].Options, "ro")}, nil
+	return side{dataset: dataset, view: slices.Contains(mounts.Anew(m[0]).Options, "ro")}, nil
 }
 
 // ask asks ZFS what changed. Errors: errUnclear, the trees have to be walked.
