@@ -81,6 +81,7 @@ conformance:
 	$(bed) conformance $(if $(value RUN),-run "$$RUN") $(if $(update),-update) $(if $(zfs),-zfs $(zfs))
 	$(if $(value RUN),,RUN='^TestLongProcessOfRunc$$' $(bed) test ./integration)
 	$(if $(value RUN),,RUN='^TestLong' $(bed) test ./integration/install ./integration/cri)
+	$(if $(value RUN),,RUN='^TestLongKubernetes$$' $(bed) test -kubernetes ./integration/kube)
 
 testbed:
 	$(bed) setup

@@ -28,6 +28,10 @@ const (
 	ContainerdVersion   = "v2.4.2"
 	containerd22Version = "v2.2.9"
 	craneVersion        = "v0.22.1"
+	nerdctlVersion      = "v2.1.2"
+	cniVersion          = "v1.9.0"
+	kubernetesVersion   = "v1.36.3"
+	etcdVersion         = "v3.6.8"
 
 	guestPackages = "zfsutils-linux,lxc,lxcfs,uidmap,iproute2,iputils-ping,procps,kmod,udev,ca-certificates,runc,crun," +
 		"busybox-static,iptables,nftables,e2fsprogs,strace,apparmor,fuse3,socat,curl,jq,bash,util-linux,psmisc,time,systemd-sysv,dbus,lsof,openssl," +
@@ -38,8 +42,10 @@ const (
 type Bed struct {
 	Tools, Kernel, Disk *Stage
 	Host                []*Stage // what the tests need on a host that has ZFS and LXC itself
-	// No part of the guest, made when they are asked for: containerd's stress program and its client suite.
-	Stress, Suite *Stage
+	// No part of the guest, made when they are asked for: containerd's stress program and its client suite,
+	// and nerdctl with CNI's plugins; and Kubernetes.
+	Stress, Suite, Nerdctl *Stage
+	Kubernetes             *Stage
 }
 
 // NewBed describes the bed for the checkout at repo. mirror may name another archive of Debian packages.
@@ -104,35 +110,58 @@ func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
 	disk.Env = []string{"GUEST=" + filepath.Join(repo, "integration/testbed/guest")}
 	stress := &Stage{Name: "stress", Script: script("stress"), Params: map[string]string{"VERSION": ContainerdVersion}}
 	suite := &Stage{Name: "suite", Go: writeSuite, Params: map[string]string{"VERSION": ContainerdVersion, "GO": runtime.Version()}}
-	return &Bed{Tools: tools, Kernel: kernel, Disk: disk, Host: []*Stage{ctd, ctd22, crane, rootfs, images}, Stress: stress, Suite: suite}, nil
+	nerdctl := &Stage{Name: "nerdctl", Script: script("cni"), Params: map[string]string{"VERSION": cniVersion, "NERDCTL": nerdctlVersion, "GO": runtime.Version()}, Go: writeNerdctl}
+	kubernetes := &Stage{Name: "kubernetes", Go: writeKubernetes, Params: map[string]string{"VERSION": kubernetesVersion, "ETCD": etcdVersion, "GO": runtime.Version()}}
+	return &Bed{Tools: tools, Kernel: kernel, Disk: disk, Host: []*Stage{ctd, ctd22, crane, rootfs, images}, Stress: stress, Suite: suite, Nerdctl: nerdctl, Kubernetes: kubernetes}, nil
 }
 
-// writeSuite compiles containerd's client suite as a program. It is built in the module itself, with the versions of
-// its dependencies that containerd is made and tested with.
-func writeSuite(ctx context.Context, out string) error {
-	run := func(dir string, args ...string) ([]byte, error) {
-		cmd := exec.CommandContext(ctx, "go", args...)
-		cmd.Dir, cmd.Env = dir, append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off", "GOFLAGS=")
-		var stderr bytes.Buffer
-		cmd.Stderr = &stderr
-		b, err := cmd.Output()
-		if err != nil {
-			return nil, fmt.Errorf("go %s: %w\n%s%s", strings.Join(args, " "), err, b, stderr.Bytes())
-		}
-		return b, nil
+// source is a module's directory, as Go fetched it. What is built there is built with the versions of
+// its dependencies that the module is made and tested with.
+func source(ctx context.Context, module, version string) (string, error) {
+	b, err := goIn(ctx, "/", "mod", "download", "-json", module+"@"+version)
+	if err != nil {
+		return "", err
 	}
-	b, err := run(out, "mod", "download", "-json", "github.com/containerd/containerd/v2@"+ContainerdVersion)
+	var m struct{ Dir string }
+	if err := json.Unmarshal(b, &m); err != nil {
+		return "", fmt.Errorf("go mod download: %w", err)
+	}
+	return m.Dir, nil
+}
+
+// goIn is the output of a go command in a directory.
+func goIn(ctx context.Context, dir string, args ...string) ([]byte, error) {
+	cmd := exec.CommandContext(ctx, "go", args...)
+	cmd.Dir, cmd.Env = dir, append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off", "GOFLAGS=")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	b, err := cmd.Output()
+	if err != nil {
+		return nil, fmt.Errorf("go %s: %w\n%s%s", strings.Join(args, " "), err, b, stderr.Bytes())
+	}
+	return b, nil
+}
+
+// writeSuite compiles containerd's client suite as a program.
+func writeSuite(ctx context.Context, out string) error {
+	dir, err := source(ctx, "github.com/containerd/containerd/v2", ContainerdVersion)
 	if err != nil {
 		return err
 	}
-	var module struct{ Dir string }
-	if err := json.Unmarshal(b, &module); err != nil {
-		return fmt.Errorf("go mod download: %w", err)
-	}
-	if _, err := run(module.Dir, "test", "-c", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(out, "client.test"), "./integration/client"); err != nil {
+	if _, err := goIn(ctx, dir, "test", "-c", "-trimpath", "-ldflags", "-s -w", "-o", filepath.Join(out, "client.test"), "./integration/client"); err != nil {
 		return err
 	}
-	return os.CopyFS(filepath.Join(out, "testdata"), os.DirFS(filepath.Join(module.Dir, "integration/client/testdata")))
+	return os.CopyFS(filepath.Join(out, "testdata"), os.DirFS(filepath.Join(dir, "integration/client/testdata")))
+}
+
+// writeNerdctl builds nerdctl, whose module cannot be installed by its version: it replaces another.
+func writeNerdctl(ctx context.Context, out string) error {
+	dir, err := source(ctx, "github.com/containerd/nerdctl/v2", nerdctlVersion)
+	if err != nil {
+		return err
+	}
+	_, err = goIn(ctx, dir, "build", "-trimpath", "-buildvcs=false", "-ldflags", "-s -w", "-o", filepath.Join(out, "nerdctl"), "./cmd/nerdctl")
+	return err
 }
 
 // sources is the text of the packages' Go files without the tests.
