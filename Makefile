@@ -86,6 +86,7 @@ conformance:
 	$(if $(value RUN),,RUN='^TestLongProcessOfRunc$$' $(bed) test ./integration)
 	$(if $(value RUN),,RUN='^TestLong' $(bed) test ./integration/install ./integration/cri)
 	$(if $(value RUN),,RUN='^TestLongNerdctl$$' $(bed) test -nerdctl ./integration)
+	$(if $(value RUN),,RUN='^TestLongKubernetes$$' $(bed) test -kubernetes ./integration/kube)
 
 testbed:
 	$(bed) setup

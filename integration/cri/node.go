@@ -69,6 +69,21 @@ type Node struct {
 	saved   []byte // the configuration of before
 }
 
+// WriteNetwork puts the tests' CNI plugin, and the network that is made by it, into the directories in which a containerd looks for them.
+func WriteNetwork(plugins, networks string) error {
+	for _, dir := range []string{plugins, networks} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	for _, name := range []string{"bed-cni", "loopback"} { // containerd 1.7 asks for the second
+		if err := os.WriteFile(filepath.Join(plugins, name), plugin, 0o755); err != nil {
+			return err
+		}
+	}
+	return os.WriteFile(filepath.Join(networks, "10-bed.conflist"), []byte(`{"cniVersion": "1.0.0", "name": "bed", "plugins": [{"type": "bed-cni"}]}`), 0o644)
+}
+
 // Start replaces the containerd that `stack up` started by one with the CRI plugin. Stop takes that back.
 func Start(ctx context.Context, o Options) (_ *Node, retErr error) {
 	if o.Containerd == "" {
@@ -82,17 +97,7 @@ func Start(ctx context.Context, o Options) (_ *Node, retErr error) {
 	if n.saved, err = os.ReadFile(configFile); err != nil {
 		return nil, err
 	}
-	for _, dir := range []string{pluginDir, netDir} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return nil, err
-		}
-	}
-	for _, name := range []string{"bed-cni", "loopback"} { // containerd 1.7 asks for the second
-		if err := os.WriteFile(filepath.Join(pluginDir, name), plugin, 0o755); err != nil {
-			return nil, err
-		}
-	}
-	if err := os.WriteFile(filepath.Join(netDir, "10-bed.conflist"), []byte(`{"cniVersion": "1.0.0", "name": "bed", "plugins": [{"type": "bed-cni"}]}`), 0o644); err != nil {
+	if err := WriteNetwork(pluginDir, netDir); err != nil {
 		return nil, err
 	}
 	if err := n.stop(); err != nil {

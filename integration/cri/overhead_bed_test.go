@@ -17,9 +17,9 @@ import (
 	"github.com/containerd-pve/containerd-pve/deploy"
 )
 
-// TestOverhead: what our programs take of a host's memory for a pod of one container is less than the RuntimeClass says that
+// TestLongOverhead: what our programs take of a host's memory for a pod of one container is less than the RuntimeClass says that
 // a pod takes besides its containers.
-func TestOverhead(t *testing.T) {
+func TestLongOverhead(t *testing.T) {
 	text, err := deploy.Files.ReadFile("kubernetes/runtimeclass.yaml")
 	must(t, err)
 	var class struct {

@@ -336,7 +336,8 @@ func (s *Service) SandboxMetrics(_ context.Context, r *api.SandboxMetricsRequest
 	}
 	unlock()
 	if st != ready {
-		return nil, fmt.Errorf("sandbox %s is %s: %w", r.SandboxID, st, errdefs.ErrFailedPrecondition)
+		// containerd leaves a pod out of a list for this error; any other fails the list of all pods.
+		return nil, fmt.Errorf("metrics of sandbox %s, which is %s: %w", r.SandboxID, st, errdefs.ErrNotFound)
 	}
 	m, err := cgroup2.Load(path)
 	if err != nil {

@@ -169,7 +169,7 @@ func TestLife(t *testing.T) {
 		t.Errorf("a stopped one: %+v", st)
 	}
 	_, err = c.SandboxMetrics(c.ctx, &api.SandboxMetricsRequest{SandboxID: "p"})
-	c.is("metrics", err, errdefs.IsFailedPrecondition)
+	c.is("metrics", err, errdefs.IsNotFound)
 	if shut != 0 {
 		t.Error("the shim was ended")
 	}

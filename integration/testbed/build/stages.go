@@ -30,6 +30,8 @@ const (
 	craneVersion        = "v0.22.1"
 	nerdctlVersion      = "v2.1.2"
 	cniVersion          = "v1.9.0"
+	kubernetesVersion   = "v1.36.3"
+	etcdVersion         = "v3.6.8"
 
 	guestPackages = "zfsutils-linux,lxc,lxcfs,uidmap,iproute2,iputils-ping,procps,kmod,udev,ca-certificates,runc,crun," +
 		"busybox-static,iptables,nftables,e2fsprogs,strace,apparmor,fuse3,socat,curl,jq,bash,util-linux,psmisc,time,systemd-sysv,dbus,lsof,openssl," +
@@ -41,8 +43,9 @@ type Bed struct {
 	Tools, Kernel, Disk *Stage
 	Host                []*Stage // what the tests need on a host that has ZFS and LXC itself
 	// No part of the guest, made when they are asked for: containerd's stress program and its client suite,
-	// and nerdctl with CNI's plugins.
+	// and nerdctl with CNI's plugins; and Kubernetes.
 	Stress, Suite, Nerdctl *Stage
+	Kubernetes             *Stage
 }
 
 // NewBed describes the bed for the checkout at repo. mirror may name another archive of Debian packages.
@@ -108,7 +111,8 @@ func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
 	stress := &Stage{Name: "stress", Script: script("stress"), Params: map[string]string{"VERSION": ContainerdVersion}}
 	suite := &Stage{Name: "suite", Go: writeSuite, Params: map[string]string{"VERSION": ContainerdVersion, "GO": runtime.Version()}}
 	nerdctl := &Stage{Name: "nerdctl", Script: script("cni"), Params: map[string]string{"VERSION": cniVersion, "NERDCTL": nerdctlVersion, "GO": runtime.Version()}, Go: writeNerdctl}
-	return &Bed{Tools: tools, Kernel: kernel, Disk: disk, Host: []*Stage{ctd, ctd22, crane, rootfs, images}, Stress: stress, Suite: suite, Nerdctl: nerdctl}, nil
+	kubernetes := &Stage{Name: "kubernetes", Go: writeKubernetes, Params: map[string]string{"VERSION": kubernetesVersion, "ETCD": etcdVersion, "GO": runtime.Version()}}
+	return &Bed{Tools: tools, Kernel: kernel, Disk: disk, Host: []*Stage{ctd, ctd22, crane, rootfs, images}, Stress: stress, Suite: suite, Nerdctl: nerdctl, Kubernetes: kubernetes}, nil
 }
 
 // source is a module's directory, as Go fetched it. What is built there is built with the versions of

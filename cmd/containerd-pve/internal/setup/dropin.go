@@ -11,6 +11,10 @@ var dropInTemplate = template.Must(template.New("").Parse(`# By containerd-pve i
   address = "/run/containerd-pve/snapshotter.sock"
   # containerd 2.x: a user namespace maps the ids of the mount, and no file is copied or chowned.
   capabilities = ["remap-ids"]
+  # A directory of the file system whose size and free space the kubelet takes for the containers'. Without one it has no figures
+  # at all; for the pool's, name one on a mounted dataset of the pool.
+  [proxy_plugins.pve-zfs.exports]
+    root = "/var/lib/containerd-pve/snapshotter"
 
 # What ` + "`nerdctl commit`, `ctr snapshots diff`" + ` and BuildKit export of a snapshot of ours, ZFS tells: no tree is walked, a running
 # container can be exported, and times and attributes are kept. Other snapshotters' go to containerd's own, "walking".

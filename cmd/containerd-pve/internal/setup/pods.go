@@ -116,6 +116,9 @@ version = {{.version}}
   sandboxer = "shim"
   disable_pause_image_pull = true
 {{- end}}
+# Without it the kubelet has no figures of the node at all: containerd does not say where this snapshotter's containers are.
+[plugins.'io.containerd.cri.v1.images'.runtime_platforms.{{.handler}}]
+  snapshotter = "pve-zfs"
 `))
 
 // podsText is our part of the CRI plugin's configuration. For 1.7 it has the section that others have, as it takes the place of

@@ -25,8 +25,8 @@ const usage = `usage: bed COMMAND    (in the checkout's root)
   down                   end that guest
   stress-reset [-n 3] [-seed N]   reset a guest n times while it pulls an image, and look at what it has afterwards
   stress-program         build containerd-stress, if it is not in the cache, and print its path
-  test [-nerdctl] [PACKAGE...]   run the packages' bed tests, each in a guest of its own (TESTBED=host: on this host);
-                         -nerdctl puts nerdctl and CNI's plugins there
+  test [-nerdctl] [-kubernetes] [PACKAGE...]   run the packages' bed tests, each in a guest of its own (TESTBED=host: on this host);
+                         -nerdctl puts nerdctl and CNI's plugins there, -kubernetes Kubernetes' programs and etcd
   conformance [-core] [-run PATTERN] [-zfs WAY] [-update]   run containerd's client suite (all of it, the core, what matches) in a
                          guest of its own; WAY: auto, native, go-zfs; -update writes docs/conformance.md
 Environment: CONTAINERD_PVE_CACHE (where the cache is), BED_ACCEL (kvm or tcg, instead of trying), BED_VM (name of
