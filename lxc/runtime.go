@@ -27,6 +27,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -357,7 +358,7 @@ func (r *Runtime) claim(st *state) error {
 	err := os.Mkdir(dir, 0o750)
 	if errors.Is(err, os.ErrExist) {
 		// Left by a crash, or in use: a monitor tells.
-		if populated(cgroupDir(st.monitorCgroup())) || populated(cgroupDir(st.Cgroup)) {
+		if slices.ContainsFunc(append(st.monitorCgroups(), st.Cgroup), func(c string) bool { return populated(cgroupDir(c)) }) {
 			return fmt.Errorf("container %s runs already as LXC container %s: %w", st.ID, st.Name, errdefs.ErrAlreadyExists)
 		}
 		return nil

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 
 	"github.com/containerd/errdefs"
 )
@@ -35,7 +36,22 @@ func stateDir(bundle string) string { return filepath.Join(bundle, "lxc") }
 // the container leaves lxc-start alone.
 func (s *state) monitorCgroup() string { return monitorCgroup(s.Name) }
 
-func monitorCgroup(name string) string { return "/containerd-pve/monitor/" + name }
+// monitorCgroups are those that one of any version of ours may have.
+func (s *state) monitorCgroups() []string {
+	return slices.Compact([]string{s.monitorCgroup(), monitorDirectory + s.Name})
+}
+
+const monitorDirectory = "/containerd-pve/monitor/"
+
+// longRun is of ids as the CRI plugin and nerdctl make them.
+var longRun = regexp.MustCompile(`([a-z0-9]{32})([a-z0-9])`)
+
+// monitorCgroup has no 64 letters and digits in a row: cadvisor, within the kubelet,
+// takes each cgroup whose name has them for the container of that id (isContainerName). A plus is in no name of
+// containerd's.
+func monitorCgroup(name string) string {
+	return monitorDirectory + longRun.ReplaceAllString(name, "$1+$2")
+}
 
 // lockFile is what liblxc leaves in /run for every name it has ever locked.
 func (s *state) lockFile() string {
@@ -100,10 +116,11 @@ func readExit(bundle string) (ExitStatus, bool) {
 // erase kills what runs and removes every trace but the bundle's directory;
 // the state file goes last, so that an interrupted erase is taken up again.
 func (s *state) erase(ctx context.Context, bundle string) error {
-	if err := errors.Join(
-		removeCgroup(ctx, cgroupDir(s.Cgroup)),
-		removeCgroup(ctx, cgroupDir(s.monitorCgroup())),
-	); err != nil {
+	err := removeCgroup(ctx, cgroupDir(s.Cgroup))
+	for _, m := range s.monitorCgroups() {
+		err = errors.Join(err, removeCgroup(ctx, cgroupDir(m)))
+	}
+	if err != nil {
 		return err
 	}
 	if s.Unit != nil {

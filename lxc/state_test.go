@@ -1,6 +1,11 @@
 package lxc
 
-import "testing"
+import (
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
 
 // TestState: what was written is read again, under both kinds of names, and what
 // no Create has written is not.
@@ -34,6 +39,29 @@ func TestState(t *testing.T) {
 		}
 		if got, err := readState(bundle); err == nil {
 			t.Errorf("%+v was taken", got)
+		}
+	}
+}
+
+// TestMonitorCgroup: the kubelet takes lxc-start's cgroup for no container's, each name has its own, and what a
+// release before called it is known.
+func TestMonitorCgroup(t *testing.T) {
+	id := strings.Repeat("0123456789abcdef", 4)
+	taken := regexp.MustCompile(`[a-z0-9]{64}`) // cadvisor's
+	for name, want := range map[string][]string{
+		"default--web":      {"/containerd-pve/monitor/default--web"},
+		"100":               {"/containerd-pve/monitor/100"},
+		"k8s.io--" + id:     {"/containerd-pve/monitor/k8s.io--" + id[:32] + "+" + id[32:], "/containerd-pve/monitor/k8s.io--" + id},
+		"x--" + id + id[:1]: {"/containerd-pve/monitor/x--" + id[:32] + "+" + id[32:] + id[:1], "/containerd-pve/monitor/x--" + id + id[:1]},
+	} {
+		s := state{Name: name}
+		if got := s.monitorCgroups(); !slices.Equal(got, want) {
+			t.Errorf("%s: %q, not %q", name, got, want)
+		}
+	}
+	for _, name := range []string{"k8s.io--" + id, strings.Repeat("a", 200)} {
+		if got := monitorCgroup(name); taken.MatchString(got) {
+			t.Error(got)
 		}
 	}
 }

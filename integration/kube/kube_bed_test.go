@@ -307,6 +307,7 @@ func pause(t *testing.T) {
 	ok(t, "kubectl wait --for=condition=Ready --timeout=9m pod/paused")
 	is(t, "2", `for id in $(ctr -n k8s.io containers ls -q 'labels."io.kubernetes.pod.name"==paused'); do ls -d /var/lib/containerd-pve/lxc/k8s.io--$id; done | wc -l`)
 	is(t, "paused", "kubectl exec paused -- hostname")
+	eventually(t, 5*time.Minute, summary+` | jq -e '.pods[] | select(.podRef.name == "paused") | .network.rxBytes >= 0'`)
 	ok(t, "kubectl delete pod paused --timeout=5m; kubectl delete runtimeclass pve-pause")
 }
 
@@ -363,7 +364,7 @@ func remove(t *testing.T) {
 	ok(t, "kubectl delete deployment web --timeout=5m")
 	eventually(t, 5*time.Minute, "! kubectl get pods --no-headers 2>/dev/null | grep .")
 	// What LXC knows of containers that were lost with the node stays, as no shim is asked to delete them. A reset leaves no cgroup.
-	ok(t, "for d in $(cat "+lost+"); do rm -rf /var/lib/containerd-pve/lxc/$d; rmdir /sys/fs/cgroup/containerd-pve/monitor/$d || true; done")
+	ok(t, "for d in $(cat "+lost+"); do rm -rf /var/lib/containerd-pve/lxc/$d; done; rmdir /sys/fs/cgroup/containerd-pve/monitor/*/ || true")
 	eventually(t, 5*time.Minute, `! { ls -d /var/lib/containerd-pve/lxc/* /sys/fs/cgroup/containerd-pve/monitor/*/ /run/netns/* /sys/fs/cgroup/kubepods.slice/kubepods-*pod*.slice /sys/fs/cgroup/kubepods.slice/*/kubepods-*pod*.slice /var/lib/kubelet/pods/*
 		ls -d /run/containerd/s/* /run/containerd/io.containerd.*/k8s.io/* /var/log/pods/*
 		pgrep -a 'lxc-start|pve-init|containerd-shim'
