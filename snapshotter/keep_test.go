@@ -14,7 +14,7 @@ import (
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
-// mounts counts what is mounted.
+// mountings counts what is mounted.
 type mountings struct {
 	now atomic.Int64
 	err error

@@ -211,9 +211,11 @@ func (s *Service) Create(ctx context.Context, r *api.CreateTaskRequest) (_ *api.
 	}()
 
 	// A mount that a task before has left is not this one's.
-	for i, m := range mount.FromProto(r.Rootfs) {
-		r.Rootfs[i] = mount.ToProto([]mount.Mount{mounts.Anew(m)})[0]
+	rootfs := mount.FromProto(r.Rootfs)
+	for i, m := range rootfs {
+		rootfs[i] = mounts.Anew(m)
 	}
+	r.Rootfs = mount.ToProto(rootfs)
 	spec, err := readSpec(r.Bundle)
 	if err != nil {
 		return nil, err

@@ -87,7 +87,7 @@ func (b *bed) test(ctx context.Context, args []string) error {
 			return err
 		}
 		dir := b.cache.Path(b.parts.Nerdctl)
-		work.more = map[string]string{"/usr/local/bin/nerdctl": filepath.Join(dir, "nerdctl"), "/opt/cni/bin": filepath.Join(dir, "cni")}
+		work.more["/usr/local/bin/nerdctl"], work.more["/opt/cni/bin"] = filepath.Join(dir, "nerdctl"), filepath.Join(dir, "cni")
 	}
 	if *kubernetes {
 		if err := b.cache.Build(ctx, b.parts.Kubernetes); err != nil {
