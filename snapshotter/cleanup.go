@@ -53,23 +53,25 @@ func (s *snapshotter) Cleanup(ctx context.Context) error { return s.clean(ctx, f
 // clean is Cleanup; with all of them the marked datasets that no record names are destroyed,
 // whoever dropped it.
 func (s *snapshotter) clean(ctx context.Context, all bool) error {
-	// The one before may wait for ZFS.
-	if err := s.cleaning.Acquire(ctx, 1); err != nil {
-		return err
-	}
-	defer s.cleaning.Release(1)
 	if err := s.completeAll(ctx); err != nil {
 		return err
 	}
-	s.keeps.wait() // a mount would be in the way
+	all = all || !s.listed.Load()
 	find := s.findDoomed
-	if all || !s.listed {
+	if all {
 		find = s.findAll
 	}
 	ids, gone, err := find(ctx)
 	if err != nil {
 		return err
 	}
+	// The one before may wait for ZFS. A sweep that lists keeps nobody waiting: what it found
+	// stays without a record, and may be gone when its turn comes.
+	if err := s.cleaning.Acquire(ctx, 1); err != nil {
+		return err
+	}
+	defer s.cleaning.Release(1)
+	s.keeps.wait() // a mount would be in the way
 	victims := make([]string, 0, 2*len(ids))
 	for _, id := range ids {
 		if name := s.places.get(id); name != "" {
@@ -101,7 +103,9 @@ func (s *snapshotter) clean(ctx context.Context, all bool) error {
 	if err != nil {
 		return fmt.Errorf("destroying what no record names: %w", err)
 	}
-	s.listed = true
+	if all {
+		s.listed.Store(true)
+	}
 	return nil
 }
 
@@ -122,6 +126,10 @@ func (s *snapshotter) findAll(ctx context.Context) (ids, gone []string, err erro
 		if id := strings.TrimPrefix(name, s.dataset+"/"); of[id] == "" {
 			of[id] = name
 		}
+	}
+	// What was made since the listing began may be a clone of what is to be destroyed.
+	for _, id := range s.doomed.all() {
+		of[id] = s.name(id)
 	}
 	maps.DeleteFunc(of, func(id, _ string) bool { return live[id] != "" })
 	return s.marked(ctx, of)

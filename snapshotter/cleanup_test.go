@@ -80,6 +80,52 @@ func (m madeAndFailed) Create(ctx context.Context, name string, p zfs.Properties
 	return errors.Join(m.fake.Create(ctx, name, p), errdefs.ErrUnavailable)
 }
 
+// listing is a ZFS that takes its time to list.
+type listing struct {
+	*fake
+	begun, goOn chan struct{}
+}
+
+func (l listing) Children(ctx context.Context, parent string) ([]string, error) {
+	close(l.begun)
+	<-l.goOn
+	return l.fake.Children(ctx, parent)
+}
+
+// TestCleanupDuringSweep: while a sweep lists ten thousand datasets, Cleanup destroys what was removed.
+func TestCleanupDuringSweep(t *testing.T) {
+	ctx, f := context.Background(), &fake{datasets: map[string]zfs.Properties{}}
+	s := start(t, f, filepath.Join(t.TempDir(), "root")).(*snapshotter)
+	for !s.listed.Load() {
+		time.Sleep(time.Millisecond)
+	}
+	m, err := s.Prepare(ctx, "gone", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Create(ctx, parent+"/77", zfs.Properties{propID: "77"}); err != nil {
+		t.Fatal(err)
+	}
+	slow := listing{f, make(chan struct{}), make(chan struct{})}
+	s.zfs = slow
+	swept := make(chan error)
+	go func() { swept <- s.clean(ctx, true) }()
+	<-slow.begun
+	if err := errors.Join(s.Remove(ctx, "gone"), s.Cleanup(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Property(ctx, m[0].Source, propID); !errdefs.IsNotFound(err) {
+		t.Errorf("what was removed is there still: %v", err)
+	}
+	close(slow.goOn)
+	if err := <-swept; err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Property(ctx, parent+"/77", propID); !errdefs.IsNotFound(err) {
+		t.Errorf("what no record names is there still: %v", err)
+	}
+}
+
 // TestCleanupLists: a daemon that has not listed yet, since ZFS refused, does it with the
 // first Cleanup that can.
 func TestCleanupLists(t *testing.T) {

@@ -22,19 +22,11 @@ const kstats = "/proc/spl/kstat/zfs"
 
 // shared is m, or a bind mount of where it is mounted for writing already. A
 // host may have thousands of mounts, and what is not mounted at all (each container
-// that starts) is told by one file.
-func (s *snapshotter) shared(ctx context.Context, m mount.Mount) mount.Mount {
-	set, err := s.zfs.Property(ctx, m.Source, "objsetid")
-	if err != nil {
-		return m // whoever mounts it will see what is wrong
-	}
-	n, err := strconv.ParseUint(set, 10, 64)
-	if err != nil {
-		return m
-	}
-	pool, _, _ := strings.Cut(m.Source, "/")
-	if _, err := os.Stat(filepath.Join(kstats, pool, "objset-0x"+strconv.FormatUint(n, 16))); err != nil {
-		return m
+// that starts) is told by one file. That ZFS is asked for its name; of one that is fresh it
+// would answer only after the pool is written, which takes longer than to read all mounts.
+func (s *snapshotter) shared(ctx context.Context, m mount.Mount, fresh bool) mount.Mount {
+	if !fresh && !s.anywhere(ctx, m.Source) {
+		return m // if it is not there whoever mounts it will see
 	}
 	all, err := mountinfo.GetMounts(func(i *mountinfo.Info) (skip, stop bool) {
 		return i.FSType != m.Type || i.Source != m.Source, false
@@ -47,6 +39,21 @@ func (s *snapshotter) shared(ctx context.Context, m mount.Mount) mount.Mount {
 		return mounts.Bind(m, at.Mountpoint, mapped(at))
 	}
 	return m
+}
+
+// anywhere says whether a filesystem is mounted, in whichever mount namespace; false if that cannot be told.
+func (s *snapshotter) anywhere(ctx context.Context, name string) bool {
+	set, err := s.zfs.Property(ctx, name, "objsetid")
+	if err != nil {
+		return false
+	}
+	n, err := strconv.ParseUint(set, 10, 64)
+	if err != nil {
+		return false
+	}
+	pool, _, _ := strings.Cut(name, "/")
+	_, err = os.Stat(filepath.Join(kstats, pool, "objset-0x"+strconv.FormatUint(n, 16)))
+	return err == nil
 }
 
 // writable is the best of a filesystem's mounts to be bound elsewhere, nil if there is none: the whole, written to,

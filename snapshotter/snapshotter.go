@@ -20,6 +20,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -52,6 +53,9 @@ const (
 	committed = "@snapshot"
 
 	retryInterval = 5 * time.Minute
+	// listRest is how many times longer than it took all datasets are not listed again: with many of them it would
+	// keep a processor busy for no good.
+	listRest = 20
 )
 
 type snapshotter struct {
@@ -71,7 +75,7 @@ type snapshotter struct {
 	objects   objects
 	doomed    doomed
 	cleaning  *semaphore.Weighted // one Cleanup at a time
-	listed    bool                // all datasets were looked at once; cleaning's
+	listed    atomic.Bool         // all datasets were looked at once
 	cleaned   cleaned
 	closeOnce sync.Once
 	closeErr  error
@@ -196,9 +200,15 @@ func claim(ctx context.Context, z zfs.ZFS, dataset, store string) error {
 // sweep destroys what a crash left, and comes back for what was busy.
 func (s *snapshotter) sweep(ctx context.Context) {
 	defer close(s.done)
+	var again time.Time // when all may be listed
 	for {
-		if err := s.clean(ctx, true); err != nil && ctx.Err() == nil {
+		begin := time.Now()
+		all := !begin.Before(again)
+		if err := s.clean(ctx, all); err != nil && ctx.Err() == nil {
 			log.G(ctx).WithError(err).Warn("cleanup")
+		}
+		if all {
+			again = time.Now().Add(listRest * time.Since(begin))
 		}
 		if err := s.settle(ctx); err != nil && ctx.Err() == nil {
 			log.G(ctx).WithError(err).Warn("settling what was made")
@@ -426,7 +436,7 @@ func (s *snapshotter) mounts(kind snapshots.Kind, id string, labels map[string]s
 // Mounts is how to mount a snapshot: where it is mounted for writing, as a container's
 // that runs is, by a bind mount.
 func (s *snapshotter) Mounts(ctx context.Context, key string) (m []mount.Mount, err error) {
-	active := false
+	active, fresh := false, false
 	err = s.ms.WithTransaction(ctx, false, func(ctx context.Context) error {
 		sn, err := storage.GetSnapshot(ctx, key)
 		if err != nil {
@@ -434,10 +444,11 @@ func (s *snapshotter) Mounts(ctx context.Context, key string) (m []mount.Mount, 
 		}
 		_, info, _, err := storage.GetInfo(ctx, key)
 		m, active = s.mounts(sn.Kind, sn.ID, info.Labels), sn.Kind == snapshots.KindActive
+		fresh = s.creating.has(sn.ID)
 		return err
 	})
 	if err == nil && active {
-		m[0] = s.shared(ctx, m[0])
+		m[0] = s.shared(ctx, m[0], fresh)
 	}
 	return m, err
 }
