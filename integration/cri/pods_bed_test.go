@@ -72,11 +72,11 @@ func node(t *testing.T, o Options, tests map[string]func(*bed)) {
 	})
 }
 
-// programs are the processes whose program's name begins so.
+// programs are the processes whose name begins so. What their program is cannot be seen of those that hold a pod's namespaces.
 func programs(name string) (pids []int) {
-	files, _ := filepath.Glob("/proc/[0-9]*/exe")
+	files, _ := filepath.Glob("/proc/[0-9]*/comm")
 	for _, f := range files {
-		if link, err := os.Readlink(f); err == nil && strings.HasPrefix(filepath.Base(link), name) {
+		if comm, err := os.ReadFile(f); err == nil && strings.HasPrefix(string(comm), name) {
 			pid, _ := strconv.Atoi(strings.Split(f, "/")[2])
 			pids = append(pids, pid)
 		}
@@ -219,11 +219,11 @@ func hostNamespaces(t *testing.T) map[string]string {
 
 var all = map[string]func(*bed){
 	"life": life, "streams": streams, "security": security, "volumes": volumes, "processes": processes, "host": host, "users": users,
-	"out of memory": outOfMemory, "restart": restart, "death": death,
+	"out of memory": outOfMemory, "restart": restart, "death": death, "forsaken": forsaken,
 }
 
 // alone are those that count, or stop containerd.
-var alone = map[string]bool{"life": true, "restart": true, "shims": true}
+var alone = map[string]bool{"life": true, "restart": true, "shims": true, "forsaken": true}
 
 // TestPods: what a kubelet asks of a runtime, with a pause container in each pod.
 func TestPods(t *testing.T) { node(t, Options{Sandboxer: "podsandbox"}, all) }
@@ -628,6 +628,26 @@ func restart(b *bed) {
 	b.is("/dev/shm", b.exec(stays, "cat /dev/shm/y"), "x")
 	if shims := programs("containerd-shim"); len(shims) != 1 {
 		b.Errorf("shims of one pod: %v", shims)
+	}
+}
+
+// forsaken is a pod whose shim containerd takes for dead, as it does after a restart if the shim does not answer within
+// its time: all of it ends, the shim too, which nobody would ever ask to end again.
+func forsaken(b *bed) {
+	p := b.pod("forsaken", nil)
+	b.start(p, "c", []string{"sleep", "1000"}, nil)
+	must(b.T, b.Restart(b.ctx, func() {
+		files, err := filepath.Glob("/run/containerd/io.containerd.*/k8s.io/*/bootstrap.json")
+		must(b.T, err)
+		if len(files) == 0 {
+			b.Error("no shim has an address")
+		}
+		for _, f := range files {
+			must(b.T, os.Remove(f))
+		}
+	}))
+	for _, name := range []string{"containerd-shim", "lxc-start", "pve-init"} {
+		eventually(b.T, "no "+name, func() bool { return len(programs(name)) == 0 })
 	}
 }
 

@@ -351,9 +351,10 @@ func (m manager) Stop(ctx context.Context, id string) (containerdshim.StopStatus
 		return containerdshim.StopStatus{}, err
 	}
 	dir, _ := os.Readlink(filepath.Join(bundle, "s"))
-	if address, err := containerdshim.CreateSocketAddress(ctx, socketRoot(dir), m.v.address, group(bundle, id), false); err == nil && !containerdshim.CanConnect(address) {
-		if err := containerdshim.RemoveSocket(address); err != nil && !errors.Is(err, os.ErrNotExist) {
-			log.G(ctx).WithError(err).Warn("remove the socket of a dead shim")
+	pod := group(bundle, id)
+	if address, err := containerdshim.CreateSocketAddress(ctx, socketRoot(dir), m.v.address, pod, false); err == nil {
+		if err := dismiss(ctx, address, id, pod); err != nil {
+			log.G(ctx).WithError(err).Warnf("the shim of %s, which is to be deleted", id)
 		}
 	}
 	status := containerdshim.StopStatus{ExitStatus: int(exit.Code), ExitedAt: exit.At}
