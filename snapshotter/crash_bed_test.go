@@ -219,6 +219,25 @@ func (w *world) crash(o operation, arm func(*daemon)) (isDone, killed bool) {
 	return isDone, true
 }
 
+// list is what ZFS has, once all filesystems have their marks, which are set within a second.
+func (w *world) list() string {
+	w.t.Helper()
+	for end := time.Now().Add(10 * completeDelay); ; time.Sleep(50 * time.Millisecond) {
+		out, err := exec.Command("zfs", "list", "-Hpr", "-t", "filesystem,snapshot", "-o", "name,guid,"+propID, w.dataset).Output()
+		if err != nil {
+			w.t.Fatalf("zfs list: %v", err)
+		}
+		marked := true
+		for line := range strings.Lines(string(out)) {
+			fields := strings.Split(strings.TrimSpace(line), "\t")
+			marked = marked && (strings.Contains(fields[0], "@") || fields[0] == w.dataset || fields[2] != zfs.Unset)
+		}
+		if marked || time.Now().After(end) {
+			return string(out)
+		}
+	}
+}
+
 // check compares what there has to be with the records and with what ZFS has.
 func (w *world) check(after string, records map[string]snapshots.Info) {
 	w.t.Helper()
@@ -242,12 +261,8 @@ func (w *world) check(after string, records map[string]snapshots.Info) {
 			w.t.Errorf("after %s: a record of %s, which is nobody's", after, name)
 		}
 	}
-	out, err := exec.Command("zfs", "list", "-Hpr", "-t", "filesystem,snapshot", "-o", "name,guid,"+propID, w.dataset).Output()
-	if err != nil {
-		w.t.Fatalf("zfs list: %v", err)
-	}
 	guids := map[string]string{}
-	for line := range strings.Lines(string(out)) {
+	for line := range strings.Lines(w.list()) {
 		fields := strings.Split(strings.TrimSpace(line), "\t")
 		name := fields[0]
 		if strings.Contains(name, "@"+orphaned) {

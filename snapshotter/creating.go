@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/log"
@@ -26,6 +27,27 @@ var creatingKey = []byte("creating")
 type creations struct {
 	mu  sync.Mutex
 	ids map[string]*creation
+	due chan struct{} // closed when what is still to be done is done; nil: nothing waits for it
+}
+
+// later is closed after a while, or when somebody waits for what is to be done then.
+func (c *creations) later(d time.Duration) <-chan struct{} {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.due == nil {
+		c.due = make(chan struct{})
+		time.AfterFunc(d, c.hurry)
+	}
+	return c.due
+}
+
+func (c *creations) hurry() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.due != nil {
+		close(c.due)
+		c.due = nil
+	}
 }
 
 // creation is what is still to be done for one.
@@ -95,6 +117,7 @@ func (c *creations) retry() map[string]creation {
 
 // wait waits for the end of all that is on its way now.
 func (c *creations) wait(ctx context.Context) error {
+	c.hurry()
 	c.mu.Lock()
 	var all []chan struct{}
 	for _, i := range c.ids {

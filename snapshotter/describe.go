@@ -14,7 +14,7 @@ import (
 // ZFS makes a filesystem and gives it its properties one after the other, and
 // waits for the pool each time. What is written into it needs few of them, and
 // those it inherits from a parent dataset of our making; so the others, the mark
-// among them, are set while the caller goes on. Until they are, the snapshot's id
+// among them, are set a moment later, of all that were made meanwhile at once. Until they are, the snapshot's id
 // stands in the list of what is being made: the next daemon knows what a crash
 // left, and completes it.
 

@@ -62,7 +62,17 @@ func Datasets(ctx context.Context, z zfs.Lister, dataset string, others ...strin
 	return marked(entries), nil
 }
 
-// marked are the filesystems that bear the snapshotter's mark.
+// fresh says whether a filesystem without a mark is one that gets it in a moment: it has a name of ours, and is
+// committed, or a clone of a snapshot of ours beside it.
+func fresh(e zfs.Entry, final map[string]zfs.Entry) bool {
+	if _, err := strconv.ParseUint(path.Base(e.Name), 10, 64); err != nil || e.Own[propID] != "" {
+		return false
+	}
+	of, ok := strings.CutSuffix(e.Origin, committed)
+	return final[e.Name].Own[propName] != "" || ok && path.Dir(of) == path.Dir(e.Name) && final[of].Own[propName] != ""
+}
+
+// marked are the filesystems that bear the snapshotter's mark, or will.
 func marked(entries []zfs.Entry) []Dataset {
 	final := map[string]zfs.Entry{}
 	for _, e := range entries {
@@ -71,10 +81,10 @@ func marked(entries []zfs.Entry) []Dataset {
 		}
 	}
 	entries = slices.DeleteFunc(slices.Clone(entries), func(e zfs.Entry) bool {
-		return e.Snapshot || e.Own[propID] != path.Base(e.Name) && e.Own[propPlace] != e.Name
+		return e.Snapshot || e.Own[propID] != path.Base(e.Name) && e.Own[propPlace] != e.Name && !fresh(e, final)
 	})
 	id := func(e zfs.Entry) uint64 {
-		n, _ := strconv.ParseUint(e.Own[propID], 10, 64)
+		n, _ := strconv.ParseUint(cmp.Or(e.Own[propID], path.Base(e.Name)), 10, 64)
 		return n
 	}
 	slices.SortFunc(entries, func(a, b zfs.Entry) int {

@@ -42,6 +42,11 @@ func smallStore() []zfs.Entry {
 		made("tank/data/subvol-100-disk-0", "tank/c/2@snapshot", 18, zfs.Properties{propID: "16", PropKey: "default/20/ct", propPlace: "tank/data/subvol-100-disk-0"}),
 		made("tank/data/subvol-101-disk-0", "tank/c/2@snapshot", 19, zfs.Properties{propID: "16", propPlace: "tank/data/subvol-100-disk-0"}), // a copy of that
 		made("tank/c/other", "", 17, zfs.Properties{}),
+		made("tank/c/17", "tank/c/2@snapshot", 20, zfs.Properties{}),  // made a moment ago
+		made("tank/c/18", "tank/c/17@snapshot", 21, zfs.Properties{}), // and committed
+		final("tank/c/18@snapshot", zfs.Properties{propName: "default/5/" + chainID}),
+		made("tank/c/19", "tank/data/x@snapshot", 22, zfs.Properties{}), // somebody's
+		made("tank/c/20", "", 23, zfs.Properties{}),
 	}
 }
 
@@ -61,6 +66,8 @@ func TestMarked(t *testing.T) {
 		want("tank/c/13", "", snapshots.KindCommitted, 14, ""),
 		want("tank/c/14", "", snapshots.KindActive, 15, "a\tb\x1b[2J"),
 		want("tank/data/subvol-100-disk-0", "tank/c/2", snapshots.KindActive, 18, "default/20/ct"),
+		want("tank/c/17", "tank/c/2", snapshots.KindActive, 20, ""),
+		want("tank/c/18", "tank/c/17", snapshots.KindCommitted, 21, "default/5/"+chainID),
 	}
 	if got := marked(smallStore()); !slices.Equal(got, list) {
 		t.Errorf("%+v\nwant %+v", got, list)

@@ -53,6 +53,9 @@ const (
 	committed = "@snapshot"
 
 	retryInterval = 5 * time.Minute
+	// completeDelay is how long what a filesystem lacks of its description may wait: the pool is written for it, which
+	// whoever mounts the filesystem just made, or commits it, would wait for.
+	completeDelay = time.Second
 	// listRest is how many times longer than it took all datasets are not listed again: with many of them it would
 	// keep a processor busy for no good.
 	listRest = 20
@@ -365,7 +368,10 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	}
 	if hasty {
 		s.creating.start(sn.ID, origin, props)
-		go s.complete(context.WithoutCancel(ctx), sn.ID, props)
+		go func(due <-chan struct{}) {
+			<-due
+			s.complete(context.WithoutCancel(ctx), sn.ID, props)
+		}(s.creating.later(completeDelay))
 	} else {
 		s.creating.end(sn.ID)
 	}

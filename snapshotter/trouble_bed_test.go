@@ -252,6 +252,9 @@ func trouble(t *testing.T, way string) {
 	}
 
 	prepare(t, s, "spare", "base")
+	if err := s.(*snapshotter).creating.wait(ctx); err != nil { // without its mark nothing would try to destroy it
+		t.Fatal(err)
+	}
 	command(t, "zpool", "export", pool)
 	failed("exported", errdefs.IsUnavailable, "zpool import", append(try("base"), onActive()...))
 	failed("exported", errdefs.IsUnavailable, "zpool import", []result{{"cleanup", s.(snapshots.Cleaner).Cleanup(ctx)}})
