@@ -65,6 +65,7 @@ func newFake(t *testing.T) *fake {
 	must(t, os.MkdirAll(f.at("/var/lib"), 0o755))
 	f.put("/run/systemd/system/x", "")
 	f.put("/usr/lib/systemd/system/containerd-pve.service", "package's")
+	f.put("/usr/lib/tmpfiles.d/containerd-pve.conf", "package's")
 	f.put("/etc/containerd/config.toml", "version = 2\n\n[plugins]\n")
 	return f
 }
@@ -211,12 +212,16 @@ func TestPlan(t *testing.T) {
 func TestNoPackage(t *testing.T) {
 	f := newFake(t)
 	must(t, os.Remove(f.at("/usr/lib/systemd/system/containerd-pve.service")))
+	must(t, os.Remove(f.at("/usr/lib/tmpfiles.d/containerd-pve.conf")))
 	must(t, os.RemoveAll(f.at("/etc")))
 	f.dump = "version = 2\n" // 1.7
 	before := f.tree()
 	_, err := f.install(Options{})
 	must(t, err)
 	if text, _, _ := f.read(ourUnitFile); !strings.Contains(text, "\nExecStart=/opt/containerd-pve serve\n") {
+		t.Errorf("%s", text)
+	}
+	if text, _, _ := f.read(ourTmpfiles); !strings.Contains(text, "\nR! ") {
 		t.Errorf("%s", text)
 	}
 	if text, _, _ := f.read("/etc/containerd/config.toml"); text != "version = 2\nimports = [\"/etc/containerd/conf.d/*.toml\"]\n" {
