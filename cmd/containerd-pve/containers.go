@@ -70,7 +70,7 @@ func containerCommand() *cobra.Command {
 			}
 			ctx, cancel := context.WithTimeout(c.Context(), containerdLimit)
 			defer cancel()
-			list, err := listContainers(ctx, address)
+			list, err := listContainers(ctx, address, isOurs)
 			if err != nil {
 				return err
 			}
@@ -93,8 +93,11 @@ func containerCommand() *cobra.Command {
 	return c
 }
 
-// listContainers asks containerd for the containers of all namespaces.
-func listContainers(ctx context.Context, address string) ([]container, error) {
+// isOurs are the containers with our runtime.
+func isOurs(c *containersapi.Container) bool { return c.GetRuntime().GetName() == runtimeName }
+
+// listContainers asks containerd for such containers of all namespaces.
+func listContainers(ctx context.Context, address string, such func(*containersapi.Container) bool) ([]container, error) {
 	conn, err := dialContainerd(address)
 	if err != nil {
 		return nil, err
@@ -106,7 +109,7 @@ func listContainers(ctx context.Context, address string) ([]container, error) {
 	}
 	list := []container{}
 	for _, n := range all.Namespaces {
-		of, err := containersOf(namespaces.WithNamespace(ctx, n.Name), n.Name, conn)
+		of, err := containersOf(namespaces.WithNamespace(ctx, n.Name), n.Name, conn, such)
 		if err != nil {
 			return nil, fmt.Errorf("containers of namespace %s: %w", n.Name, errgrpc.ToNative(err))
 		}
@@ -115,7 +118,7 @@ func listContainers(ctx context.Context, address string) ([]container, error) {
 	return list, nil
 }
 
-func containersOf(ctx context.Context, namespace string, conn *grpc.ClientConn) ([]container, error) {
+func containersOf(ctx context.Context, namespace string, conn *grpc.ClientConn, such func(*containersapi.Container) bool) ([]container, error) {
 	running, err := tasksapi.NewTasksClient(conn).List(ctx, &tasksapi.ListTasksRequest{})
 	if err != nil {
 		return nil, err
@@ -133,7 +136,7 @@ func containersOf(ctx context.Context, namespace string, conn *grpc.ClientConn) 
 		if err != nil {
 			return nil, err
 		}
-		if m.Container.GetRuntime().GetName() != runtimeName {
+		if !such(m.Container) {
 			continue
 		}
 		c := container{

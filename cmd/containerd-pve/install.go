@@ -66,6 +66,7 @@ func installCommand() *cobra.Command {
 				return err
 			}
 			o.Configured = conf.Dataset
+			o.NotAllPods = c.Flags().Changed("default-snapshotter") && !o.AllPods
 			if o.Dataset != "" {
 				conf.Dataset = o.Dataset
 				if err := conf.complete(); err != nil {
@@ -96,6 +97,7 @@ func installCommand() *cobra.Command {
 	flags.add(c)
 	c.Flags().StringVar(&o.Dataset, "dataset", "", "parent `dataset` for images and containers (default POOL/containerd-pve, if there is but one pool)")
 	c.Flags().BoolVar(&o.Pods, "pods", false, "have containerd's CRI plugin know the runtime, by the handler "+setup.Handler+"; without it, what was so before stays")
+	c.Flags().BoolVar(&o.AllPods, "default-snapshotter", false, "--pods, and our snapshotter keeps the images and containers of all pods, those of other runtimes too; =false takes that back")
 	c.Flags().StringVar(&o.Programs, "programs", "", "copy the programs from this `directory` to "+setup.ProgramsDir+" first")
 	return c
 }
@@ -153,7 +155,7 @@ func uninstallCommand() *cobra.Command {
 			left := setup.Left{OurPart: onlyContainerd}
 			if !onlyContainerd {
 				u, err := inUse(c.Context(), conf)
-				left.Dataset, left.Programs = err != nil || u != usage{}, err != nil || u.runs()
+				left.Dataset, left.Programs = err != nil || u.runs() || u.snapshots > 0, err != nil || u.runs()
 				if err == nil && (u.runs() || u.snapshots > 0 && !keepImages) {
 					err = fmt.Errorf("there are %s: remove them (`containerd-pve container ls`, `containerd-pve snapshots`), or leave them with --force: %w", u, errdefs.ErrFailedPrecondition)
 				} else if err != nil {

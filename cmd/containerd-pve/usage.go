@@ -1,11 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
+	containersapi "github.com/containerd/containerd/api/services/containers/v1"
 	namespacesapi "github.com/containerd/containerd/api/services/namespaces/v1"
 	sandboxapi "github.com/containerd/containerd/api/services/sandbox/v1"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
@@ -15,7 +18,11 @@ import (
 )
 
 // usage is what of ours is on this host.
-type usage struct{ containers, pods, snapshots int }
+type usage struct {
+	containers, pods, snapshots int
+	// others are the pods, or containers of none, of other runtimes that our snapshotter keeps.
+	others []string
+}
 
 // runs says whether anything needs our programs.
 func (u usage) runs() bool { return u.containers > 0 || u.pods > 0 }
@@ -30,7 +37,11 @@ func (u usage) String() string {
 			what = append(what, fmt.Sprintf("%d %s", w.n, w.name))
 		}
 	}
-	return strings.Join(what, " and ")
+	of := ""
+	if len(u.others) > 0 {
+		of = fmt.Sprintf(" (of other runtimes, which our snapshotter keeps: %s)", strings.Join(u.others, ", "))
+	}
+	return strings.Join(what, " and ") + of
 }
 
 // inUse asks containerd, if it is there, and the snapshotter's store.
@@ -52,15 +63,23 @@ func inUse(ctx context.Context, conf config) (usage, error) {
 	return u, nil
 }
 
-// running asks containerd for containers and pods with our runtime. A pod may have no container for a moment.
+// running asks containerd for containers with our runtime or on our snapshotter, without which it could not remove
+// them, and for pods with our runtime. A pod may have no container for a moment.
 // Errors: Unavailable, containerd does not run.
 func running(ctx context.Context, address string) (usage, error) {
-	containers, err := listContainers(ctx, address)
+	var others []string
+	containers, err := listContainers(ctx, address, func(c *containersapi.Container) bool {
+		if !isOurs(c) && c.Snapshotter == snapshotterName {
+			others = append(others, cmp.Or(c.Labels[podLabel], c.ID))
+		}
+		return isOurs(c) || c.Snapshotter == snapshotterName
+	})
 	if err != nil {
 		return usage{}, err
 	}
+	slices.Sort(others)
 	pods, err := countPods(ctx, address)
-	return usage{containers: len(containers), pods: pods}, err
+	return usage{containers: len(containers), pods: pods, others: slices.Compact(others)}, err
 }
 
 // countPods counts the sandboxes of all namespaces.

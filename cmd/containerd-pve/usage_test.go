@@ -133,7 +133,8 @@ func TestUsage(t *testing.T) {
 		runs bool
 	}{
 		{usage{}, "", false}, {usage{snapshots: 2}, "2 snapshots of images and containers", false},
-		{usage{1, 2, 3}, "1 containers and 2 pods and 3 snapshots of images and containers", true}, {usage{pods: 1}, "1 pods", true},
+		{usage{containers: 1, pods: 2, snapshots: 3}, "1 containers and 2 pods and 3 snapshots of images and containers", true}, {usage{pods: 1}, "1 pods", true},
+		{usage{containers: 2, others: []string{"coredns", "proxy"}}, "2 containers (of other runtimes, which our snapshotter keeps: coredns, proxy)", true},
 	} {
 		if got := c.u.String(); got != c.want || c.u.runs() != c.runs {
 			t.Errorf("%q, %v, want %q", got, c.u.runs(), c.want)

@@ -81,6 +81,8 @@ func (h *Host) note(r *record, s Step, enabled bool) {
 		r.Dirs = append(r.Dirs, dirs...)
 	case Edit:
 		r.Edits[s.Target] = edit{s.Content, s.Was}
+	case Remove:
+		delete(r.Files, s.Target)
 	case Dataset:
 		r.Dataset = s.Target
 	case Start:
@@ -119,6 +121,13 @@ func (r *run) step(ctx context.Context, s Step) error {
 		}
 		r.undo = append(r.undo, func(context.Context) error { return h.rewrite(s.Target, text) })
 		return h.rewrite(s.Target, out)
+	case Remove:
+		old, there, err := h.read(s.Target)
+		if err != nil {
+			return err
+		}
+		r.undo = append(r.undo, func(context.Context) error { return h.restore(s.Target, old, there, 0o644, nil) })
+		return os.Remove(h.at(s.Target))
 	case Dataset:
 		r.undo = append(r.undo, func(ctx context.Context) error { return h.destroyEmpty(ctx, s.Target) })
 		return nil // the daemon makes it

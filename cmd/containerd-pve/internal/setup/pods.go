@@ -58,6 +58,31 @@ func (h *Host) planPods(p *Plan, r record) error {
 	return h.plan(p, r, podsDropIn, text, "containerd's CRI plugin knows the runtime "+Handler)
 }
 
+// planAllPods has our snapshotter keep the images and containers of all pods. Errors: FailedPrecondition, containerd is too old.
+func (h *Host) planAllPods(p *Plan, r record) error {
+	v := p.containerd.fileVersion()
+	if v == 0 {
+		return fmt.Errorf("containerd 1.7 takes the configuration of its CRI plugin from one file: write snapshotter = %q into [plugins.%q.containerd] of %s, and leave out --default-snapshotter: %w", snapshotterName, criPlugin, p.containerd.config, errdefs.ErrFailedPrecondition)
+	}
+	text := fmt.Sprintf("# By containerd-pve install --default-snapshotter: images and containers of all pods, of whichever runtime, are our snapshotter's.\n"+
+		"# containerd measures the disks of one snapshotter's containers only, its default one's.\nversion = %d\n[plugins.'io.containerd.cri.v1.images']\n  snapshotter = %q\n", v, snapshotterName)
+	return h.plan(p, r, allPodsDropIn, text, "the images and containers of all pods are our snapshotter's")
+}
+
+// planNotAllPods takes back what planAllPods had written. Errors: FailedPrecondition, it was changed since.
+func (h *Host) planNotAllPods(p *Plan, r record) error {
+	s, there, err := h.removal(allPodsDropIn, r)
+	if err != nil || !there {
+		return err
+	}
+	if s.Action != Remove {
+		return fmt.Errorf("%s was not written by us, or changed since: remove it yourself, and restart containerd: %w", allPodsDropIn, errdefs.ErrFailedPrecondition)
+	}
+	s.Why = "pods get containerd's own snapshotter again; those that there are stay on ours until they end"
+	p.add(s)
+	return nil
+}
+
 // criSection is what a file, or the last that it imports and that has one, says of the CRI plugin: containerd 1.7 takes a
 // plugin's whole table from one file. seen are files not to be read (again).
 func (h *Host) criSection(file string, seen map[string]bool) (map[string]any, error) {

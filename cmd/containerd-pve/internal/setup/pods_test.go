@@ -62,6 +62,54 @@ func TestPodsDropIn(t *testing.T) {
 	}
 }
 
+// TestAllPods: a file of its own, so that it stays when the next call does not ask for it, as an installer's pod on a node.
+func TestAllPods(t *testing.T) {
+	f := newFake(t)
+	f.dump = dump24
+	_, err := f.install(Options{AllPods: true})
+	must(t, err)
+	for _, name := range []string{podsDropIn, allPodsDropIn} {
+		if text, there, _ := f.read(name); !there || !strings.Contains(text, "\n  snapshotter = \"pve-zfs\"\n") {
+			t.Errorf("%s: %v, %s", name, there, text)
+		}
+	}
+	if p, err := f.install(Options{Pods: true, Configured: "tank/containerd-pve"}); err != nil || len(p.Steps) > 0 {
+		t.Errorf("%v, %v", p, err)
+	}
+	f.uninstall(false, false)
+	if _, there, _ := f.read(allPodsDropIn); there {
+		t.Errorf("%s is left", allPodsDropIn)
+	}
+
+	// It can be taken back alone, but for what somebody changed.
+	_, err = f.install(Options{AllPods: true})
+	must(t, err)
+	text, _, _ := f.read(allPodsDropIn)
+	f.put(allPodsDropIn, text+"# mine\n")
+	if _, err := f.install(Options{NotAllPods: true, Configured: "tank/containerd-pve"}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), allPodsDropIn) {
+		t.Errorf("one that was changed: %v", err)
+	}
+	f.put(allPodsDropIn, text)
+	p, err := f.install(Options{NotAllPods: true, Configured: "tank/containerd-pve"})
+	must(t, err)
+	if got := actions(p); got != "remove "+allPodsDropIn+"\nrestart "+containerdUnit {
+		t.Errorf("%s", got)
+	}
+	if p, err := f.install(Options{NotAllPods: true, Pods: true, Configured: "tank/containerd-pve"}); err != nil || len(p.Steps) > 0 {
+		t.Errorf("again: %v, %v", p, err)
+	}
+	f.uninstall(false, false)
+
+	f.dump = "version = 2\n" // containerd 1.7's
+	before := f.tree()
+	if _, err := f.install(Options{AllPods: true}); !errdefs.IsFailedPrecondition(err) || !strings.Contains(err.Error(), "/etc/containerd/config.toml") {
+		t.Errorf("with 1.7: %v", err)
+	}
+	if d := cmp.Diff(before, f.tree()); d != "" {
+		t.Errorf("changed: %s", d)
+	}
+}
+
 // TestPods17: the CRI plugin's table is the last file's that has one, as for containerd 1.7, and an administrator's change
 // comes in with the next call.
 func TestPods17(t *testing.T) {

@@ -29,10 +29,12 @@ const (
 
 	ourUnit        = "containerd-pve.service"
 	ourUnitFile    = "/etc/systemd/system/" + ourUnit
+	ourTmpfiles    = "/etc/tmpfiles.d/containerd-pve.conf"
 	ourConfig      = "/etc/containerd-pve/config.toml.d/install.toml"
 	containerdUnit = "containerd.service"
 	dropIn         = "/etc/containerd/conf.d/containerd-pve.toml"
 	podsDropIn     = "/etc/containerd/conf.d/containerd-pve-pods.toml"
+	allPodsDropIn  = "/etc/containerd/conf.d/containerd-pve-all-pods.toml"
 	imports        = "/etc/containerd/conf.d/*.toml"
 )
 
@@ -106,6 +108,10 @@ type Options struct {
 	Configured string
 	// Pods has containerd's CRI plugin know our runtime. Without it what is there of that stays.
 	Pods bool
+	// AllPods has our snapshotter keep the images and containers of all pods, those of other runtimes too. It means Pods; without it what is there of that stays.
+	AllPods bool
+	// NotAllPods takes that back.
+	NotAllPods bool
 	// Programs is a directory, of this process's file system, whose programs are copied to
 	// ProgramsDir; none if empty.
 	Programs string
@@ -145,7 +151,7 @@ func (h *Host) PlanInstall(ctx context.Context, o Options) (*Plan, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Plan{containerd: c, pods: o.Pods}
+	p := &Plan{containerd: c, pods: o.Pods || o.AllPods}
 	if p.Dataset, err = h.dataset(ctx, o); err != nil {
 		return nil, err
 	}
@@ -165,7 +171,7 @@ func (h *Host) PlanInstall(ctx context.Context, o Options) (*Plan, error) {
 		err = h.plan(p, r, ourConfig, "# By containerd-pve install. It goes before /etc/containerd-pve/config.toml.\ndataset = \""+p.Dataset+"\"\n", "where images and containers are")
 	}
 	if err == nil {
-		err = h.planUnit(p, r)
+		err = h.planOurs(p, r, "systemd/"+ourUnit, ourUnitFile)
 	}
 	if err != nil {
 		return nil, err
@@ -173,13 +179,22 @@ func (h *Host) PlanInstall(ctx context.Context, o Options) (*Plan, error) {
 	if len(p.Steps) > 0 || !h.is(ctx, "enabled", ourUnit) || !h.is(ctx, "active", ourUnit) || h.stale(ctx, r, ourUnit, ProgramsDir, filepath.Dir(ourConfig), filepath.Dir(ourUnitFile)) {
 		p.add(Step{Action: Start, Target: ourUnit, Why: "the snapshotter, now and at every boot"})
 	}
+	if err := h.planOurs(p, r, "tmpfiles/"+filepath.Base(ourTmpfiles), ourTmpfiles); err != nil {
+		return nil, err
+	}
 	n := len(p.Steps)
 	text, err := c.dropIn()
 	if err == nil {
 		err = h.plan(p, r, dropIn, text, "containerd finds our snapshotter")
 	}
-	if err == nil && o.Pods {
+	if err == nil && p.pods {
 		err = h.planPods(p, r)
+	}
+	if err == nil && o.AllPods {
+		err = h.planAllPods(p, r)
+	}
+	if err == nil && o.NotAllPods {
+		err = h.planNotAllPods(p, r)
 	}
 	if err == nil {
 		err = h.planImport(p)
@@ -211,9 +226,10 @@ func (h *Host) plan(p *Plan, r record, path, content, why string) error {
 	return nil
 }
 
-// planUnit writes our unit where no package has brought one.
-func (h *Host) planUnit(p *Plan, r record) error {
-	for _, file := range []string{ourUnitFile, "/usr/lib/systemd/system/" + ourUnit, "/lib/systemd/system/" + ourUnit} {
+// planOurs writes a file of ours, for systemd, where no package has brought it. name is its name in deploy.
+func (h *Host) planOurs(p *Plan, r record, name, path string) error {
+	of := strings.TrimPrefix(path, "/etc/")
+	for _, file := range []string{path, "/usr/lib/" + of, "/lib/" + of} {
 		if _, ours := r.Files[file]; ours {
 			continue
 		}
@@ -221,11 +237,11 @@ func (h *Host) planUnit(p *Plan, r record) error {
 			return nil
 		}
 	}
-	unit, err := deploy.Files.ReadFile("systemd/" + ourUnit)
+	text, err := deploy.Files.ReadFile(name)
 	if err != nil {
 		return err
 	}
-	return h.plan(p, r, ourUnitFile, strings.ReplaceAll(string(unit), "/usr/local/bin/containerd-pve", h.Program), "no package has brought it")
+	return h.plan(p, r, path, strings.ReplaceAll(string(text), "/usr/local/bin/containerd-pve", h.Program), "no package has brought it")
 }
 
 // is asks systemd for a state: enabled or active.
