@@ -120,6 +120,11 @@ func TestKustomization(t *testing.T) {
 		if got := pod.get("nodeSelector", "containerd-pve.github.io/node"); got != name {
 			t.Errorf("%s is for nodes with %v", name, got)
 		}
+		for _, kind := range []string{"initContainers", "containers"} { // an image of that tag would be asked of a registry each time
+			if got := pod.get(kind, 0, "imagePullPolicy"); got != "IfNotPresent" {
+				t.Errorf("%s: %s: imagePullPolicy: %v", name, kind, got)
+			}
+		}
 		if pod.get("initContainers", 0, "image") != pod.get("containers", 0, "image") {
 			t.Errorf("%s: two images", name)
 		}
