@@ -84,17 +84,24 @@ func is(t *testing.T, want, command string) {
 	}
 }
 
-// eventually repeats one until it succeeds.
-func eventually(t *testing.T, limit time.Duration, command string) string {
+// within repeats one until it succeeds, and says whether it did.
+func within(t *testing.T, limit time.Duration, command string) bool {
 	t.Helper()
 	for end := time.Now().Add(limit); ; time.Sleep(time.Second) {
-		out, code := try(t, limit, command)
-		if code == 0 {
-			return strings.TrimSpace(out)
+		if _, code := try(t, limit, command); code == 0 {
+			return true
 		}
 		if time.Now().After(end) {
-			t.Fatalf("not within %s: %s", limit, command)
+			return false
 		}
+	}
+}
+
+// eventually is within that has to succeed.
+func eventually(t *testing.T, limit time.Duration, command string) {
+	t.Helper()
+	if !within(t, limit, command) {
+		t.Fatalf("not within %s: %s", limit, command)
 	}
 }
 
@@ -156,31 +163,14 @@ const runtimes = `version = 3
   SystemdCgroup = true
 `
 
-// ours is what docs/kubernetes.md adds to it, and the same with a pause container.
-const ours = `version = 3
-[plugins.'io.containerd.cri.v1.images']
-  snapshotter = 'pve-zfs'
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.pve]
-  runtime_type = 'io.containerd.pve.v2'
-  snapshotter = 'pve-zfs'
-  sandboxer = 'shim'
-  disable_pause_image_pull = true
-[plugins.'io.containerd.cri.v1.runtime'.containerd.runtimes.pve-pause]
-  runtime_type = 'io.containerd.pve.v2'
-  snapshotter = 'pve-zfs'
-`
-
-// host makes the guest a node's host: containerd as a service, and ours as `containerd-pve install` sets it up.
+// host makes the guest a node's host, with containerd as a service and nothing of ours.
 func host(t *testing.T) {
 	t.Helper()
 	write(t, "/etc/containerd/config.toml", runtimes)
 	must(t, cri.WriteNetwork("/opt/cni/bin", "/etc/cni/net.d"))
 	// As containerd's own containerd.service is.
 	unit(t, "containerd", "Type=notify\nDelegate=yes\nKillMode=process\nRestart=always\nOOMScoreAdjust=-999\n", "/usr/local/bin/containerd")
-	ok(t, "bed-registry")
-	ok(t, "containerd-pve install --yes --dataset "+dataset)
-	write(t, "/etc/containerd/conf.d/kubernetes-pve.toml", ours)
-	ok(t, "systemctl restart containerd")
+	ok(t, "bed-registry; rm /usr/local/bin/containerd-pve /usr/local/bin/containerd-shim-pve-v2 /usr/local/bin/pve-init")
 }
 
 // cluster starts Kubernetes and waits for its node. What a program needs to go on in a slow guest is in its arguments.
@@ -221,11 +211,16 @@ imageGCHighThresholdPercent: 100
 		"--service-cluster-ip-range=10.96.0.0/16", "--allow-privileged", "--request-timeout=5m",
 		"--kubelet-preferred-address-types=InternalIP") // its name is 127.0.0.1's here, to which no API server passes anything on
 	eventually(t, 10*time.Minute, "kubectl get --raw /readyz")
+	// In the place of kube-proxy: pods reach the API server by its service's address.
+	ok(t, `ip address add 10.96.0.1/32 dev lo
+nft add table ip bed
+nft add chain ip bed output '{ type nat hook output priority -100; }'
+nft add rule ip bed output ip daddr 10.96.0.1 tcp dport 443 redirect to :6443`)
 	// One of each only: nobody to elect.
 	as := []string{"--kubeconfig=" + config + "/kubeconfig", "--leader-elect=false"}
 	unit(t, "kube-controller-manager", "", append([]string{programs + "/kube-controller-manager", "--root-ca-file=" + config + "/ca.crt", "--service-account-private-key-file=" + config + "/sa.key",
 		"--secure-port=0", "--node-monitor-grace-period=10m", "--controllers=" + strings.Join([]string{"serviceaccount-controller", "serviceaccount-token-controller", "root-ca-certificate-publisher-controller",
-			"namespace-controller", "garbage-collector-controller", "pod-garbage-collector-controller", "deployment-controller", "replicaset-controller", "job-controller", "node-lifecycle-controller"}, ",")}, as...)...)
+			"namespace-controller", "daemonset-controller", "garbage-collector-controller", "pod-garbage-collector-controller", "deployment-controller", "replicaset-controller", "job-controller", "node-lifecycle-controller"}, ",")}, as...)...)
 	unit(t, "kube-scheduler", "", append([]string{programs + "/kube-scheduler", "--secure-port=0"}, as...)...)
 	unit(t, "kubelet", "Restart=always\nRestartSec=2\n", programs+"/kubelet", as[0], "--config="+config+"/kubelet.yaml", "--node-ip="+address, "--hostname-override="+node)
 	eventually(t, 5*time.Minute, "kubectl get node "+node)
