@@ -133,12 +133,15 @@ var steps = []step{
 		return s.Remove(ctx, key+"-committed")
 	}},
 	// containerd calls it after a garbage collection; the others have nothing left to do.
-	{"Cleanup", func(ctx context.Context, s snapshots.Snapshotter, _, _ string) error {
-		if c, ok := s.(snapshots.Cleaner); ok {
-			return c.Cleanup(ctx)
-		}
-		return nil
-	}},
+	{"Cleanup", func(ctx context.Context, s snapshots.Snapshotter, _, _ string) error { return cleanup(ctx, s) }},
+}
+
+// cleanup is of a snapshotter that has one.
+func cleanup(ctx context.Context, s snapshots.Snapshotter) error {
+	if c, ok := s.(snapshots.Cleaner); ok {
+		return c.Cleanup(ctx)
+	}
+	return nil
 }
 
 // measureSnapshots times the subjects at each count. Of what failed it answers what was measured before.
@@ -160,10 +163,8 @@ func measureSnapshots(ctx context.Context, o snapshotOptions, subjects []*subjec
 			r.add(count, "start", s.name, time.Since(begin))
 			// Our daemon lists all datasets once after its start, minutes of ten thousand in an emulated machine: that is no
 			// part of the calls.
-			if c, ok := s.snapshotter.(snapshots.Cleaner); ok {
-				if err := c.Cleanup(ctx); err != nil {
-					return r, fmt.Errorf("cleaning %s up: %w", s.name, err)
-				}
+			if err := cleanup(ctx, s.snapshotter); err != nil {
+				return r, fmt.Errorf("cleaning %s up: %w", s.name, err)
 			}
 			if _, err := s.snapshotter.Stat(ctx, standing); errdefs.IsNotFound(err) {
 				if _, err := s.snapshotter.Prepare(ctx, standing, s.top()); err != nil {

@@ -91,10 +91,8 @@ func unpack(ctx context.Context, r *report, subjects []*subject, i image, runs i
 					return fmt.Errorf("%s: %w", s.name, err)
 				}
 			}
-			if c, ok := s.snapshotter.(snapshots.Cleaner); ok {
-				if err := c.Cleanup(ctx); err != nil {
-					return fmt.Errorf("%s: %w", s.name, err)
-				}
+			if err := cleanup(ctx, s.snapshotter); err != nil {
+				return fmt.Errorf("%s: %w", s.name, err)
 			}
 		}
 	}
