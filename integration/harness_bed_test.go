@@ -365,9 +365,20 @@ func count(t *testing.T) map[string]int {
 			return nil
 		})
 	}
-	out, _ := command("zfs", "list", "-H", "-t", "all", "-o", "name", "-r", pool())
-	n["datasets"] = strings.Count(out, "\n")
+	n["datasets"] = len(datasetsBelow(pool()))
 	return n
+}
+
+// datasetsBelow are the filesystems and snapshots there, without the spares, which come and go by themselves.
+func datasetsBelow(dataset string) (names []string) {
+	out, _ := command("zfs", "list", "-H", "-t", "all", "-o", "name,containerd-pve:id,containerd-pve:key", "-r", dataset)
+	for line := range strings.Lines(out) {
+		f := strings.Fields(line)
+		if len(f) < 3 || f[1] == "-" || f[2] != "-" {
+			names = append(names, f[0])
+		}
+	}
+	return names
 }
 
 // eventually waits for something that follows asynchronously.

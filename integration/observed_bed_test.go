@@ -63,17 +63,27 @@ func TestSnapshots(t *testing.T) {
 		must(t, json.Unmarshal([]byte(out), &all))
 		return all, stderr
 	}
-	all, stderr := list()
+	var all []listed
+	var root, spare listed
+	var stderr string
+	find := func(of func(listed) bool) (s listed) {
+		if i := slices.IndexFunc(all, of); i >= 0 {
+			s = all[i]
+		}
+		return s
+	}
+	eventually(t, 30*time.Second, "the container's root and a spare for the next", func() bool {
+		all, stderr = list()
+		root = find(func(s listed) bool { return s.Name == id })
+		spare = find(func(s listed) bool { return s.Kind == "spare" && s.Parent == root.Parent })
+		return root.Dataset != "" && spare.Dataset != ""
+	})
 	if stderr != "" {
 		t.Errorf("standard error: %s", stderr)
 	}
 	byDataset := map[string]listed{}
-	var root listed
 	for i, s := range all {
 		byDataset[s.Dataset] = s
-		if s.Name == id {
-			root = s
-		}
 		if i > 0 && s.Created.Before(all[i-1].Created) {
 			t.Errorf("%s is older than the one before it", s.Dataset)
 		}
@@ -86,6 +96,10 @@ func TestSnapshots(t *testing.T) {
 	must(t, err)
 	if top.Kind != "committed" || top.Name != identity.ChainID(chain).String() || !slices.Contains(top.Images, debian) {
 		t.Errorf("its parent is %+v", top)
+	}
+
+	if spare.Key != "" || !slices.Contains(spare.Images, debian) {
+		t.Errorf("the next container's root is %+v", spare)
 	}
 
 	// ZFS itself says the same of each.

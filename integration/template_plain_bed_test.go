@@ -65,10 +65,7 @@ func TestTemplatePlain(t *testing.T) {
 			t.Errorf("datasets are left: %s", out)
 		}
 	})
-	layers := func() string {
-		out, _ := command("zfs", "list", "-H", "-o", "name", "-t", "all", "-r", pool()+"/containerd-pve")
-		return out
-	}
+	layers := func() string { return strings.Join(datasetsBelow(pool()+"/containerd-pve"), "\n") }
 	made := makeTemplate(t, nginx, "--memory", "256M")
 	if made.VMID != 100 || made.Dataset != templates()+"/basevol-100-disk-0" || made.Used > 1<<20 {
 		t.Errorf("%+v", made)

@@ -56,6 +56,9 @@ func (s *snapshotter) clean(ctx context.Context, all bool) error {
 	if err := s.completeAll(ctx); err != nil {
 		return err
 	}
+	if err := s.spares.wait(ctx); err != nil { // its parent could not be destroyed
+		return err
+	}
 	all = all || !s.listed.Load()
 	find := s.findDoomed
 	if all {
@@ -117,6 +120,7 @@ func (s *snapshotter) findAll(ctx context.Context) (ids, gone []string, err erro
 	if err != nil {
 		return nil, nil, fmt.Errorf("listing %s: %w", s.dataset, s.lostRoot(err))
 	}
+	held := s.spares.held() // before the records: one that is given away has one first
 	live, err := s.live(ctx)
 	if err != nil {
 		return nil, nil, err
@@ -131,7 +135,7 @@ func (s *snapshotter) findAll(ctx context.Context) (ids, gone []string, err erro
 	for _, id := range s.doomed.all() {
 		of[id] = s.name(id)
 	}
-	maps.DeleteFunc(of, func(id, _ string) bool { return live[id] != "" })
+	maps.DeleteFunc(of, func(id, _ string) bool { return live[id] != "" || held[id] })
 	return s.marked(ctx, of)
 }
 

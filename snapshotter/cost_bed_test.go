@@ -129,33 +129,34 @@ func TestCost(t *testing.T) {
 	}
 	t.Setenv("PATH", t.TempDir()) // no program can be found
 	syncs := countSyncs(t)
-	// A transaction of the records is two syncs.
+	// A transaction of the records is two syncs. waits are the changes that the caller waits for; the others,
+	// marks and spares, come a second later.
 	for _, step := range []struct {
-		name                   string
-		changes, ioctls, syncs int
-		do                     func() error
+		name                          string
+		waits, changes, ioctls, syncs int
+		do                            func() error
 	}{
-		// The caller waits for the first of the two, see TestHasty.
-		{"Prepare of a layer", 2, 2, 2, func() error { _, err := s.Prepare(ctx, "l1", ""); return err }},
-		{"Mounts", 0, 1, 0, func() error { _, err := s.Mounts(ctx, "l1"); return err }},
-		// The space and the files are asked for.
-		{"Commit", 1, 3, 2, func() error { return s.Commit(ctx, "c1", "l1") }},
-		{"Prepare", 2, 2, 2, func() error { _, err := s.Prepare(ctx, "l2", "c1"); return err }},
-		{"Commit on a parent", 1, 3, 2, func() error { return s.Commit(ctx, "c2", "l2") }},
-		{"View", 1, 1, 2, func() error { _, err := s.View(ctx, "v", "c2"); return err }},
-		{"Stat", 0, 0, 0, func() error { _, err := s.Stat(ctx, "c2"); return err }},
-		{"Walk", 0, 0, 0, func() error { return s.Walk(ctx, func(context.Context, snapshots.Info) error { return nil }) }},
-		{"Update", 0, 0, 2, func() error {
+		{"Prepare of a layer", 1, 2, 2, 2, func() error { _, err := s.Prepare(ctx, "l1", ""); return err }},
+		{"Mounts", 0, 0, 1, 0, func() error { _, err := s.Mounts(ctx, "l1"); return err }},
+		// The space and the files are asked for; the spare is written down and made.
+		{"Commit", 1, 2, 3 + 1, 2 + 2, func() error { return s.Commit(ctx, "c1", "l1") }},
+		// It is looked at, marked, and replaced.
+		{"Prepare with a spare", 0, 2, 3, 2 + 2, func() error { _, err := s.Prepare(ctx, "l2", "c1"); return err }},
+		{"Commit on a parent", 1, 2, 3 + 1, 2 + 2, func() error { return s.Commit(ctx, "c2", "l2") }},
+		{"View", 1, 1, 1, 2, func() error { _, err := s.View(ctx, "v", "c2"); return err }},
+		{"Stat", 0, 0, 0, 0, func() error { _, err := s.Stat(ctx, "c2"); return err }},
+		{"Walk", 0, 0, 0, 0, func() error { return s.Walk(ctx, func(context.Context, snapshots.Info) error { return nil }) }},
+		{"Update", 0, 0, 0, 2, func() error {
 			_, err := s.Update(ctx, snapshots.Info{Name: "c2", Labels: map[string]string{"a": "b"}}, "labels.a")
 			return err
 		}},
-		{"Usage", 0, 1, 0, func() error { _, err := s.Usage(ctx, "v"); return err }},
-		{"Usage of a committed one", 0, 0, 0, func() error { _, err := s.Usage(ctx, "c2"); return err }},
-		{"Remove", 0, 0, 2, func() error { return s.Remove(ctx, "v") }},
-		{"Remove of another", 0, 0, 2, func() error { return s.Remove(ctx, "c2") }},
-		// However many there are: one for each mark, and one that destroys both.
-		{"Cleanup of two", 1, 2 + 1, 0, func() error { return s.Cleanup(ctx) }},
-		{"Cleanup of none", 0, 0, 0, func() error { return s.Cleanup(ctx) }},
+		{"Usage", 0, 0, 1, 0, func() error { _, err := s.Usage(ctx, "v"); return err }},
+		{"Usage of a committed one", 0, 0, 0, 0, func() error { _, err := s.Usage(ctx, "c2"); return err }},
+		{"Remove", 0, 0, 0, 2, func() error { return s.Remove(ctx, "v") }},
+		{"Remove of another", 0, 0, 0, 2, func() error { return s.Remove(ctx, "c2") }},
+		// However many there are: one for each mark, of which a spare has one too, and one that destroys all.
+		{"Cleanup of two", 1, 1, 3 + 1, 0, func() error { return s.Cleanup(ctx) }},
+		{"Cleanup of none", 0, 0, 0, 0, func() error { return s.Cleanup(ctx) }},
 	} {
 		changes.Store(0)
 		before := native.Calls()
@@ -163,6 +164,10 @@ func TestCost(t *testing.T) {
 		if err := step.do(); err != nil {
 			t.Fatalf("%s: %v", step.name, err)
 		}
+		if n := int(changes.Load()); n != step.waits {
+			t.Errorf("%s: the caller waits for %d changes, want %d", step.name, n, step.waits)
+		}
+		sparesMade(opened)
 		if err := s.creating.wait(ctx); err != nil {
 			t.Fatal(err)
 		}

@@ -25,7 +25,7 @@ import (
 
 // operation is one call to the snapshotter.
 type operation struct {
-	call string // prepare, view, commit, remove, cleanup; clone and state
+	call string // prepare, view, commit, remove, cleanup; clone and state; spare is prepare and what is put off by it
 	key  string
 	to   string // prepare, view: the parent; commit: the new name; clone: whose state
 }
@@ -78,6 +78,11 @@ func (w *world) do(o operation) error {
 		case "prepare":
 			_, err := w.d.Prepare(ctx, o.key, o.to)
 			return err
+		case "spare":
+			if _, err := w.d.Prepare(ctx, o.key, o.to); err != nil {
+				return err
+			}
+			return w.spareMade(ctx, w.records[o.to].dataset+committed)
 		case "view":
 			_, err := w.d.View(ctx, o.key, o.to)
 			return err
@@ -99,6 +104,21 @@ func (w *world) do(o operation) error {
 	})
 }
 
+// spareMade waits until there is a spare of a snapshot.
+func (w *world) spareMade(ctx context.Context, of string) error {
+	if w.way == zfs.GoZFS {
+		return nil // it makes none
+	}
+	for ; !w.d.isDead() && ctx.Err() == nil; time.Sleep(50 * time.Millisecond) {
+		for line := range strings.Lines(w.list()) {
+			if f := strings.Split(strings.TrimSpace(line), "\t"); f[2] != zfs.Unset && f[3] == zfs.Unset && f[4] == of {
+				return nil
+			}
+		}
+	}
+	return fmt.Errorf("there is no spare of %s", of)
+}
+
 // stateName is of the one state that a container may have here.
 const stateName = "kept"
 
@@ -108,7 +128,7 @@ func (w *world) did(o operation) {
 	switch o.call {
 	case "state":
 		w.records[o.key].state = maps.Clone(w.records[o.key].files)
-	case "prepare", "view", "clone":
+	case "prepare", "spare", "view", "clone":
 		r := &record{kind: snapshots.KindActive, parent: o.to, files: map[string]string{}}
 		switch p := w.records[o.to]; {
 		case o.call == "clone":
@@ -223,7 +243,7 @@ func (w *world) crash(o operation, arm func(*daemon)) (isDone, killed bool) {
 func (w *world) list() string {
 	w.t.Helper()
 	for end := time.Now().Add(10 * completeDelay); ; time.Sleep(50 * time.Millisecond) {
-		out, err := exec.Command("zfs", "list", "-Hpr", "-t", "filesystem,snapshot", "-o", "name,guid,"+propID, w.dataset).Output()
+		out, err := exec.Command("zfs", "list", "-Hpr", "-t", "filesystem,snapshot", "-o", "name,guid,"+propID+","+PropKey+",origin", w.dataset).Output()
 		if err != nil {
 			w.t.Fatalf("zfs list: %v", err)
 		}
@@ -232,7 +252,7 @@ func (w *world) list() string {
 			fields := strings.Split(strings.TrimSpace(line), "\t")
 			marked = marked && (strings.Contains(fields[0], "@") || fields[0] == w.dataset || fields[2] != zfs.Unset)
 		}
-		if marked || time.Now().After(end) {
+		if marked || w.d.isDead() || time.Now().After(end) {
 			return string(out)
 		}
 	}
@@ -267,6 +287,9 @@ func (w *world) check(after string, records map[string]snapshots.Info) {
 		name := fields[0]
 		if strings.Contains(name, "@"+orphaned) {
 			continue // other clones need it, and it goes with the last
+		}
+		if of, ok := strings.CutSuffix(fields[4], committed); ok && !want[name] && fields[2] == filepath.Base(name) && fields[3] == zfs.Unset && want[of] {
+			continue // a spare
 		}
 		guids[name] = fields[1]
 		if filesystem := !strings.Contains(name, "@"); filesystem && name != w.dataset && fields[2] != filepath.Base(name) {
@@ -375,6 +398,8 @@ func exhaust(t *testing.T, pool, way string) {
 	}{
 		{o: operation{"prepare", "a", ""}},
 		{o: operation{"prepare", "b", "layer"}},
+		{o: operation{"spare", "n", "layer"}},
+		{o: operation{"prepare", "o", "layer"}, with: []operation{{"spare", "p", "layer"}}},
 		{o: operation{"view", "c", "layer"}},
 		{o: operation{"commit", "d", "e"}, with: []operation{{"prepare", "d", "layer"}}},
 		{o: operation{"remove", "f", ""}, with: []operation{{"prepare", "f", "layer"}}},

@@ -273,6 +273,12 @@ func (d *daemon) killAfter(after time.Duration) {
 	})
 }
 
+func (d *daemon) isDead() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.dead
+}
+
 // spare calls both off, and says whether it was too late.
 func (d *daemon) spare() (dead bool) {
 	d.mu.Lock()

@@ -64,6 +64,7 @@ func (s *snapshotter) description(id, key string) zfs.Properties {
 			}
 		}
 	}
+	props[PropKey] = "" // one without it is a spare
 	describe(props, PropKey, key)
 	return props
 }
@@ -113,7 +114,7 @@ type state int
 
 const (
 	missing  state = iota // there is none, or it is somebody's
-	unmarked              // it is ours, and lacks its mark
+	unmarked              // it is ours, and lacks its mark or its key
 	complete
 )
 
@@ -137,6 +138,14 @@ func (s *snapshotter) state(ctx context.Context, id, origin string) (state, erro
 	case err != nil:
 		return missing, fmt.Errorf("was %s made: %w", s.name(id), err)
 	case mark == id:
+		// One that was a spare has no key yet.
+		key, err := s.zfs.Property(ctx, s.name(id), PropKey)
+		if err != nil {
+			return missing, fmt.Errorf("whose is %s: %w", s.name(id), err)
+		}
+		if key == zfs.Unset {
+			return unmarked, nil
+		}
 		return complete, nil
 	case origin == anyOrigin:
 		return unmarked, nil

@@ -20,6 +20,9 @@ import (
 type Dataset struct {
 	Name string
 	Kind snapshots.Kind
+	// Spare says that it is no snapshot, but ready to be one of its parent's; one that was given away is
+	// a spare for a second more.
+	Spare bool
 	// Key is the name of a committed snapshot, the key of another. Empty if it was
 	// made by a version that did not write it down, or is longer than ZFS takes.
 	Key              string
@@ -92,7 +95,8 @@ func marked(entries []zfs.Entry) []Dataset {
 	})
 	var list []Dataset
 	for _, e := range entries {
-		parent, _, _ := strings.Cut(e.Origin, "@")
+		parent, at, _ := strings.Cut(e.Origin, "@")
+		_, keyed := e.Own[PropKey]
 		d := Dataset{
 			Name: e.Name, Kind: snapshots.KindActive, Key: e.Own[PropKey], Parent: parent,
 			Created: e.Created, Used: e.Used, Referenced: e.Referenced,
@@ -101,6 +105,8 @@ func marked(entries []zfs.Entry) []Dataset {
 			d.Kind, d.Key = snapshots.KindCommitted, f.Own[propName]
 		} else if e.Own["readonly"] == "on" {
 			d.Kind = snapshots.KindView
+		} else {
+			d.Spare = !keyed && e.Own[propID] != "" && "@"+at == committed
 		}
 		list = append(list, d)
 	}

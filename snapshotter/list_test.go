@@ -47,6 +47,8 @@ func smallStore() []zfs.Entry {
 		final("tank/c/18@snapshot", zfs.Properties{propName: "default/5/" + chainID}),
 		made("tank/c/19", "tank/data/x@snapshot", 22, zfs.Properties{}), // somebody's
 		made("tank/c/20", "", 23, zfs.Properties{}),
+		made("tank/c/21", "tank/c/2@snapshot", 24, zfs.Properties{propID: "21"}),
+		made("tank/c/22", "tank/c/2@snapshot", 25, zfs.Properties{propID: "22", PropKey: ""}), // its key is too long
 	}
 }
 
@@ -69,6 +71,9 @@ func TestMarked(t *testing.T) {
 		want("tank/c/17", "tank/c/2", snapshots.KindActive, 20, ""),
 		want("tank/c/18", "tank/c/17", snapshots.KindCommitted, 21, "default/5/"+chainID),
 	}
+	spare := want("tank/c/21", "tank/c/2", snapshots.KindActive, 24, "")
+	spare.Spare = true
+	list = append(list, spare, want("tank/c/22", "tank/c/2", snapshots.KindActive, 25, ""))
 	if got := marked(smallStore()); !slices.Equal(got, list) {
 		t.Errorf("%+v\nwant %+v", got, list)
 	}

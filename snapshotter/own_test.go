@@ -288,6 +288,13 @@ const parent = "pool/parent"
 
 func start(t *testing.T, z zfs.ZFS, root string) Store {
 	t.Helper()
+	s := startWithSpares(t, z, root)
+	s.(*snapshotter).spares.close() // the datasets that a test counts are those of its snapshots
+	return s
+}
+
+func startWithSpares(t *testing.T, z zfs.ZFS, root string) Store {
+	t.Helper()
 	s, err := New(context.Background(), z, root, parent)
 	if err != nil {
 		t.Fatal(err)

@@ -30,6 +30,7 @@ import (
 	"github.com/containerd/log"
 	"github.com/moby/locker"
 	"github.com/moby/sys/atomicwriter"
+	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sync/semaphore"
 	"golang.org/x/sys/unix"
 
@@ -74,6 +75,7 @@ type snapshotter struct {
 	places    places
 	placing   sync.Mutex // one Place at a time
 	keeps     keeps
+	spares    spares
 	commits   *locker.Locker // by key: a leftover @snapshot of a crash is told from a racing Commit's
 	objects   objects
 	doomed    doomed
@@ -231,7 +233,10 @@ func (s *snapshotter) Close() error {
 		<-s.done
 		s.keeps.expire(0)
 		s.keeps.wait()
-		s.closeErr = errors.Join(s.creating.wait(context.Background()), s.settle(context.Background()), s.ms.Close(), s.lock.Close())
+		s.spares.close()
+		s.closeErr = s.creating.wait(context.Background())
+		s.spares.runs.Wait()
+		s.closeErr = errors.Join(s.closeErr, s.settle(context.Background()), s.ms.Close(), s.lock.Close())
 	})
 	return s.closeErr
 }
@@ -321,28 +326,27 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 		own["refquota"] = v
 	}
-	var sn storage.Snapshot
-	err = s.write(ctx, func(ctx context.Context) (err error) {
-		if err := s.checkSource(ctx, of, key, parent); err != nil {
-			return err
-		}
-		sn, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...)
-		if err == nil {
-			s.creating.begin(sn.ID)
-		}
-		return err
-	})
-	if err != nil {
-		s.creating.end(sn.ID)
-		return nil, fmt.Errorf("recording snapshot %s: %w", key, err)
-	}
-	props, origin := s.description(sn.ID, key), cmp.Or(of, s.origin(sn.ParentIDs))
 	// What has to wait for a property anyway gets all of them at once.
 	hasty := s.hasty && len(own) == 0 && of == ""
+	var from, spare string
+	if hasty && parent != "" {
+		if from, spare, err = s.takeSpare(ctx, parent); err != nil {
+			return nil, fmt.Errorf("making snapshot %s: %w", key, err)
+		}
+	}
+	sn, err := s.record(ctx, kind, key, parent, of, spare, opts)
+	if spare != "" {
+		s.settleSpare(from, spare, err != nil)
+	}
+	if err != nil {
+		return nil, err
+	}
+	props, origin := s.description(sn.ID, key), cmp.Or(of, s.origin(sn.ParentIDs))
 	if !hasty {
 		maps.Copy(own, props)
 	}
 	switch {
+	case spare != "":
 	case of != "":
 		err = s.zfs.Clone(ctx, of, s.name(sn.ID), own)
 	case len(sn.ParentIDs) == 0:
@@ -363,8 +367,11 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 		return nil, errors.Join(err, s.undoCreate(ctx, key))
 	}
-	if kind == snapshots.KindActive && info.Labels[snapshots.LabelSnapshotRef] != "" {
+	if info.Labels[snapshots.LabelSnapshotRef] != "" && kind == snapshots.KindActive {
 		s.keeps.begin(ctx, sn.ID, s.name(sn.ID)) // a layer will be unpacked into it
+		s.spares.unwant(from)
+	} else if from != "" {
+		s.wantSpare(ctx, from, parent)
 	}
 	if hasty {
 		s.creating.start(sn.ID, origin, props)
@@ -376,6 +383,34 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		s.creating.end(sn.ID)
 	}
 	return s.mounts(kind, sn.ID, info.Labels), nil
+}
+
+// record writes the record of a snapshot that is to be made, or of a spare.
+func (s *snapshotter) record(ctx context.Context, kind snapshots.Kind, key, parent, of, spare string, opts []snapshots.Opt) (sn storage.Snapshot, err error) {
+	err = s.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
+		if err := s.checkSource(ctx, of, key, parent); err != nil {
+			return err
+		}
+		create := func() (err error) {
+			sn, err = storage.CreateSnapshot(ctx, kind, key, parent, opts...)
+			return err
+		}
+		if spare != "" {
+			err = withID(tx, spare, create)
+		} else {
+			err = create()
+		}
+		if err != nil {
+			return err
+		}
+		s.creating.begin(sn.ID)
+		return put(tx, creatingKey, s.creating.String())
+	})
+	if err != nil {
+		s.creating.end(sn.ID)
+		return sn, fmt.Errorf("recording snapshot %s: %w", key, err)
+	}
+	return sn, nil
 }
 
 // tooSmall says when it was the limit that failed, because the parent is beyond it:
@@ -512,6 +547,7 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		return fmt.Errorf("committing %s: %w", key, err)
 	}
 	s.keeps.end(id)
+	s.wantSpare(ctx, id, name)
 	return nil
 }
 
@@ -523,7 +559,7 @@ func (s *snapshotter) Remove(ctx context.Context, key string) error {
 		return err
 	})
 	if err == nil {
-		s.doomed.add(id)
+		s.doom(id)
 		s.keeps.end(id)
 	}
 	return err

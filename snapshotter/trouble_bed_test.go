@@ -59,13 +59,15 @@ func command(t *testing.T, argv ...string) string {
 	return strings.TrimSpace(string(out))
 }
 
-// openStore makes a snapshotter that is closed with the test.
+// openStore makes a snapshotter that is closed with the test. It makes no spares: the
+// datasets that are counted are those of its snapshots.
 func openStore(t *testing.T, way, dataset string) Store {
 	t.Helper()
 	s, err := New(context.Background(), open(t, way), filepath.Join(t.TempDir(), "root"), dataset)
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.(*snapshotter).spares.close()
 	t.Cleanup(func() {
 		if err := s.Close(); err != nil {
 			t.Error(err)

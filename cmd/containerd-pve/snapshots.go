@@ -29,7 +29,7 @@ const (
 // is renamed or removed.
 type snapshot struct {
 	Dataset string `json:"dataset"`
-	Kind    string `json:"kind"` // active, view or committed
+	Kind    string `json:"kind"` // active, view or committed; spare: ready to be an active one of its parent's
 	// Key is what the snapshotter was given: the name of a committed snapshot, the
 	// key of another. Empty if the dataset was made by an older version.
 	Key string `json:"key"`
@@ -81,7 +81,9 @@ func snapshotsCommand() *cobra.Command {
 		Short:   "list the snapshots with their datasets, images and sizes",
 		Long: "Lists the snapshots as ZFS holds them, oldest first; neither the daemon nor containerd has to run.\n" +
 			"Without containerd the images are not known: their column is empty, images is null in JSON, and a line on standard error says why.\n" +
-			"A dataset made by an older version does not bear its key: the name is then shown as -.",
+			"A dataset made by an older version does not bear its key: the name is then shown as -.\n" +
+			"A spare is a filesystem that the next container of an image will have, made ahead so that it needs not wait for the pool; one that was given away\n" +
+			"is shown as the container's a second later.",
 		Args: cobra.NoArgs,
 		RunE: run,
 	}
@@ -126,6 +128,9 @@ func named(datasets []snapshotter.Dataset) []snapshot {
 		s := snapshot{
 			Dataset: d.Name, Kind: strings.ToLower(d.Kind.String()), Key: d.Key, Parent: d.Parent,
 			Used: d.Used, Referenced: d.Referenced, Created: d.Created,
+		}
+		if d.Spare {
+			s.Kind = "spare"
 		}
 		s.Namespace, s.Name = snapshotter.SplitKey(d.Key)
 		list = append(list, s)

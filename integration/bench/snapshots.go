@@ -106,6 +106,7 @@ type step struct {
 const standing = "standing"
 
 var steps = []step{
+	// Of a container's root: ours was cloned before, if the one before is some time ago.
 	{"Prepare", func(ctx context.Context, s snapshots.Snapshotter, key, parent string) error {
 		_, err := s.Prepare(ctx, key, parent)
 		return err

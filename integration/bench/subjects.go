@@ -205,7 +205,8 @@ func (s *subject) fill(ctx context.Context, count, layers int) (err error) {
 				if n > 0 {
 					parent = layer(image, n-1)
 				}
-				if _, err := filler.Prepare(ctx, layer(image, n)+"-key", parent); err != nil {
+				label := map[string]string{snapshots.LabelSnapshotRef: layer(image, n)} // as of one that is unpacked
+				if _, err := filler.Prepare(ctx, layer(image, n)+"-key", parent, snapshots.WithLabels(label)); err != nil {
 					return err
 				}
 				if err := filler.Commit(ctx, layer(image, n), layer(image, n)+"-key"); err != nil {

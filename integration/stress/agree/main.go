@@ -64,7 +64,7 @@ func compare(ctx context.Context, c *client.Client, name, metadata, dataset stri
 	if err != nil {
 		return fmt.Errorf("our records: %w", err)
 	}
-	has, err := ofZFS(ctx, dataset)
+	has, err := ofZFS(ctx, dataset, datasets)
 	if err != nil {
 		return fmt.Errorf("zfs list: %w", err)
 	}
@@ -169,14 +169,25 @@ func copyFile(from, to string) error {
 	return errors.Join(err, w.Close())
 }
 
-func ofZFS(ctx context.Context, dataset string) (map[string]string, error) {
-	out, err := exec.CommandContext(ctx, "zfs", "list", "-Hr", "-t", "filesystem,snapshot", "-o", "name", dataset).Output()
+// ofZFS are the filesystems and snapshots there are, but for the spares of what is in the records.
+func ofZFS(ctx context.Context, dataset string, recorded map[string]string) (map[string]string, error) {
+	out, err := exec.CommandContext(ctx, "zfs", "list", "-Hr", "-t", "filesystem,snapshot", "-o", "name,containerd-pve:id,containerd-pve:key,origin", dataset).Output()
 	if err != nil {
 		return nil, err
 	}
+	return withoutSpares(string(out), recorded), nil
+}
+
+// withoutSpares are the names in a list of names, marks, keys and origins. A spare has the mark and no key.
+func withoutSpares(list string, recorded map[string]string) map[string]string {
 	found := map[string]string{}
-	for _, name := range strings.Fields(string(out)) {
-		found[name] = ""
+	for line := range strings.Lines(list) {
+		f := strings.Split(strings.TrimSuffix(line, "\n"), "\t")
+		_, isRecorded := recorded[f[0]]
+		_, ofRecorded := recorded[f[3]]
+		if isRecorded || f[1] != filepath.Base(f[0]) || f[2] != "-" || !ofRecorded {
+			found[f[0]] = ""
+		}
 	}
-	return found, nil
+	return found
 }

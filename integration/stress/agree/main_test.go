@@ -26,6 +26,20 @@ func TestSame(t *testing.T) {
 	}
 }
 
+// TestWithoutSpares: a spare is of a snapshot with a record; without one it is left.
+func TestWithoutSpares(t *testing.T) {
+	const list = "x\t-\t-\t-\n" +
+		"x/1\t1\tdefault/1/extract a\t-\nx/1@snapshot\t1\tdefault/1/extract a\t-\n" +
+		"x/2\t2\t-\tx/1@snapshot\n" + // a spare
+		"x/3\t3\t-\tx/1@snapshot\n" + // one that was given away
+		"x/4\t4\t-\tx/9@snapshot\n" +
+		"x/5\t-\t-\tx/1@snapshot\n"
+	recorded := map[string]string{"x": "", "x/1": "", "x/1@snapshot": "", "x/3": ""}
+	if got, want := fmt.Sprint(withoutSpares(list, recorded)), "map[x: x/1: x/1@snapshot: x/3: x/4: x/5:]"; got != want {
+		t.Errorf("%s, want %s", got, want)
+	}
+}
+
 // TestOfDaemon reads records as our daemon writes them, while it has the file open.
 func TestOfDaemon(t *testing.T) {
 	ctx, file := context.Background(), filepath.Join(t.TempDir(), "metadata.db")
