@@ -48,11 +48,13 @@ func (s *snapshotter) anywhere(ctx context.Context, name string) bool {
 		return false
 	}
 	n, err := strconv.ParseUint(set, 10, 64)
-	if err != nil {
-		return false
-	}
+	return err == nil && mountedAnywhere(name, n)
+}
+
+// mountedAnywhere is anywhere for a filesystem whose number is known.
+func mountedAnywhere(name string, objset uint64) bool {
 	pool, _, _ := strings.Cut(name, "/")
-	_, err = os.Stat(filepath.Join(kstats, pool, "objset-0x"+strconv.FormatUint(n, 16)))
+	_, err := os.Stat(filepath.Join(kstats, pool, "objset-0x"+strconv.FormatUint(objset, 16)))
 	return err == nil
 }
 

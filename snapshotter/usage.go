@@ -10,7 +10,6 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/moby/locker"
-	"github.com/moby/sys/mountinfo"
 )
 
 // objects remembers how many files committed snapshots hold, by id; that never
@@ -75,10 +74,8 @@ func (s *snapshotter) usage(ctx context.Context, name string, parents []string) 
 		return snapshots.Usage{}, fmt.Errorf("usage of %s: %w", name, err)
 	}
 	usage := snapshots.Usage{Size: space.Used}
-	if !final {
-		if mounted, err := isMounted(filesystem); err != nil || !mounted {
-			return usage, err
-		}
+	if !final && !mountedAnywhere(filesystem, space.Objset) {
+		return usage, nil
 	}
 	// What is missing to it is no reason to lose what is known, or a Commit: a pool
 	// of old does not count, nor does go-zfs, and others may look at the same time.
@@ -108,13 +105,4 @@ func (s *snapshotter) inodes(ctx context.Context, name string, parents []string)
 		return 0, err
 	}
 	return max(n-inherited, 0), nil
-}
-
-// isMounted says whether the filesystem is mounted where this process can see it.
-func isMounted(filesystem string) (bool, error) {
-	found, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
-		is := m.FSType == "zfs" && m.Source == filesystem
-		return !is, is
-	})
-	return len(found) > 0, err
 }

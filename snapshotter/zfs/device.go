@@ -9,6 +9,7 @@ import (
 	"os"
 	"runtime"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"unsafe"
 
@@ -92,6 +93,9 @@ const (
 	maxResult = 256 << 20
 )
 
+// buffers are for answers, of which a list keeps nothing: the first use of so many new pages takes longer than what the module does.
+var buffers = sync.Pool{New: func() any { return new([firstResult]byte) }}
+
 // command is a zfs_cmd_t.
 type command [commandSize]byte
 
@@ -152,7 +156,12 @@ func (d *device) call(ctx context.Context, r request, c *command, source nvlist.
 			return nil, err
 		}
 		var result []byte
-		if wantResult {
+		switch {
+		case wantResult && size == firstResult:
+			buffer := buffers.Get().(*[firstResult]byte)
+			defer buffers.Put(buffer)
+			result = buffer[:]
+		case wantResult:
 			result = make([]byte, size)
 		}
 		errno := d.ioctl(r, c, packed, result)
@@ -166,7 +175,7 @@ func (d *device) call(ctx context.Context, r request, c *command, source nvlist.
 		var list nvlist.List
 		if wantResult && c.get32(offFilled) != 0 {
 			var err error
-			if list, err = nvlist.Decode(result); err != nil {
+			if list, err = nvlist.Decode(result[:min(uint64(size), c.get64(offResultLen))]); err != nil {
 				return nil, errors.Join(fmt.Errorf("the answer of ioctl %#x: %w: %w", uint(r), err, errdefs.ErrInternal), errnoOrNil(errno))
 			}
 		}

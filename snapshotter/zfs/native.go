@@ -374,7 +374,8 @@ func (n *Native) Space(ctx context.Context, name string) (Space, error) {
 	}
 	used, uerr := number("used", name, d.Property("used"))
 	referenced, rerr := number("referenced", name, d.Property("referenced"))
-	return Space{Used: used, Referenced: referenced}, errors.Join(uerr, rerr)
+	objset, _ := strconv.ParseUint(d.Property("objsetid"), 10, 64) // 0 where it is not known
+	return Space{Used: used, Referenced: referenced, Objset: objset}, errors.Join(uerr, rerr)
 }
 
 // Set sets properties of a filesystem or a snapshot.

@@ -23,6 +23,8 @@ const Unset = "-"
 type Space struct {
 	Used       int64 // by it and its snapshots alone, not shared with its origin
 	Referenced int64 // by all that can be read in it
+	// Objset is the pool's number of it, by which the module names the file of one that is mounted; 0: not known.
+	Objset uint64
 }
 
 // ZFS is what the snapshotter needs. Errors are errdefs kinds: AlreadyExists,
