@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/spf13/cobra"
 )
@@ -167,10 +166,8 @@ func measureSnapshots(ctx context.Context, o snapshotOptions, subjects []*subjec
 			if err := cleanup(ctx, s.snapshotter); err != nil {
 				return r, fmt.Errorf("cleaning %s up: %w", s.name, err)
 			}
-			if _, err := s.snapshotter.Stat(ctx, standing); errdefs.IsNotFound(err) {
-				if _, err := s.snapshotter.Prepare(ctx, standing, s.top()); err != nil {
-					return r, fmt.Errorf("preparing %s of %s: %w", standing, s.name, err)
-				}
+			if err := s.stand(ctx); err != nil {
+				return r, err
 			}
 		}
 		for n := range o.runs + 1 { // the first fills caches

@@ -32,6 +32,7 @@ import (
 type subject struct {
 	name        string
 	root        string
+	mounted     string // where the standing snapshot is; empty: not yet
 	snapshotter snapshots.Snapshotter
 	open        func(ctx context.Context) (snapshots.Snapshotter, error)
 	// offline opens what fills it with snapshots while it is stopped.
@@ -56,6 +57,9 @@ func makeSubjects(ctx context.Context, o snapshotOptions) (_ []*subject, _ func(
 	remove := func() error {
 		var errs []error
 		for _, s := range subjects {
+			if s.mounted != "" {
+				errs = append(errs, mount.UnmountAll(s.mounted, 0))
+			}
 			errs = append(errs, s.stop(), mount.UnmountAll(s.root, 0))
 		}
 		// By the program, which takes a tree.
@@ -107,6 +111,23 @@ func makeSubjects(ctx context.Context, o snapshotOptions) (_ []*subject, _ func(
 	over.offline = over.open
 	subjects = append(subjects, over)
 	return subjects, remove, nil
+}
+
+// stand makes the standing snapshot, if it is not there, and mounts it as a container's that runs.
+func (s *subject) stand(ctx context.Context) error {
+	if s.mounted != "" {
+		return nil
+	}
+	mounts, err := s.snapshotter.Prepare(ctx, standing, s.top())
+	if err != nil {
+		return fmt.Errorf("preparing %s of %s: %w", standing, s.name, err)
+	}
+	dir := filepath.Join(filepath.Dir(s.root), standing+"-"+s.name)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	s.mounted = dir
+	return mount.All(mounts, dir)
 }
 
 // serve starts our daemon and connects to it.

@@ -24,7 +24,9 @@ func (n *Native) Objects(ctx context.Context, name string) (int64, error) {
 		return 0, err
 	}
 	c.put64(offObjsType, userObjectsUsed)
-	result := make([]byte, accounts*accountSize)
+	buffer := buffers.Get().(*[firstResult]byte)
+	defer buffers.Put(buffer)
+	result := buffer[:accounts*accountSize]
 	var sum int64
 	for {
 		if err := ctx.Err(); err != nil {
