@@ -48,8 +48,17 @@ type Bed struct {
 	Kubernetes             *Stage
 }
 
-// NewBed describes the bed for the checkout at repo. mirror may name another archive of Debian packages.
-func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
+// Options are what a bed may have otherwise. The zero value is the bed of `make test`.
+type Options struct {
+	Mirror string // another archive of Debian packages
+	ZFS    string // the suite whose ZFS module is used, with the programs of the bed's own
+}
+
+// FromEnv are the options that the user has set.
+func FromEnv() Options { return Options{Mirror: os.Getenv("BED_MIRROR"), ZFS: os.Getenv("BED_ZFS")} }
+
+// NewBed describes the bed for the checkout at repo.
+func NewBed(c *Cache, repo string, o Options) (*Bed, error) {
 	script := func(name string) string {
 		b, err := recipes.ReadFile("recipes/" + name + ".sh")
 		if err != nil {
@@ -61,7 +70,7 @@ func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
 	if err != nil {
 		return nil, err
 	}
-	where := []string{"MIRROR=" + mirror}
+	where := []string{"MIRROR=" + o.Mirror}
 	debian := map[string]string{"SUITE": suite, "FLAVOUR": flavor}
 	// the library is an input of the stages that use its functions
 	lib := script("lib")
@@ -76,6 +85,9 @@ func NewBed(c *Cache, repo, mirror string) (*Bed, error) {
 	kernel := &Stage{Name: "kernel", Script: script("kernel"), Params: with(nil), Deps: []*Stage{tools}}
 	kernel.Go = func(ctx context.Context, out string) error { return extractKernel(ctx, c.Path(tools), out) }
 	zfs := &Stage{Name: "zfs", Script: script("zfs"), Params: map[string]string{"FLAVOUR": flavor}, Deps: []*Stage{tools, kernel}}
+	if o.ZFS != "" {
+		zfs.Params["SUITE"], zfs.Params["ZFS_SUITE"] = suite, o.ZFS
+	}
 	rootfs := &Stage{Name: "rootfs", Script: script("rootfs"), Env: where,
 		Params: with(map[string]string{"SUITE": suite, "PACKAGES": guestPackages})}
 	images := &Stage{Name: "images", Script: script("images"), Env: where, Deps: []*Stage{rootfs}, Go: writeImages,

@@ -40,7 +40,7 @@ func (b *bed) hostSetup(ctx context.Context) error {
 	if out, err := exec.CommandContext(ctx, "modprobe", "zfs").CombinedOutput(); err != nil {
 		return fmt.Errorf("TESTBED=host: the ZFS module cannot be loaded: %w\n%s", err, out)
 	}
-	parts, err := build.NewBed(b.cache, b.repo, os.Getenv("BED_MIRROR"))
+	parts, err := build.NewBed(b.cache, b.repo, build.FromEnv())
 	if err != nil {
 		return err
 	}

@@ -32,7 +32,7 @@ const usage = `usage: bed COMMAND    (in the checkout's root)
 Environment: CONTAINERD_PVE_CACHE (where the cache is), BED_ACCEL (kvm or tcg, instead of trying), BED_VM (name of
 another guest for run, shell and down), BED_INIT (systemd: for run, shell and down the guest that boots it), BED_TIMEOUT (limit for run and for each package of test, as 15m),
 BED_STACK=no (run: do not start the daemons), BED_PARTIAL=1 (go on without commands that do not compile),
-BED_MIRROR (another archive of Debian packages)
+BED_MIRROR (another archive of Debian packages), BED_ZFS (the suite of Debian whose ZFS module the guest has, as trixie-backports)
 `
 
 // exitError carries a status that is not ours to explain.
@@ -120,7 +120,7 @@ type bed struct {
 
 // setup makes sure that everything a guest is started from is in the cache.
 func (b *bed) setup(ctx context.Context) error {
-	parts, err := build.NewBed(b.cache, b.repo, os.Getenv("BED_MIRROR"))
+	parts, err := build.NewBed(b.cache, b.repo, build.FromEnv())
 	if err != nil {
 		return err
 	}
@@ -163,7 +163,7 @@ func bedInit() (string, error) {
 
 // stressProgram is apart from setup: only `make stress` needs it.
 func (b *bed) stressProgram(ctx context.Context) error {
-	parts, err := build.NewBed(b.cache, b.repo, os.Getenv("BED_MIRROR"))
+	parts, err := build.NewBed(b.cache, b.repo, build.FromEnv())
 	if err != nil {
 		return err
 	}

@@ -37,7 +37,7 @@ type guestInfo struct {
 }
 
 func (b *bed) runDir() string {
-	sum := sha256.Sum256([]byte(b.repo + "\x00" + os.Getenv("BED_VM") + "\x00" + os.Getenv("BED_INIT")))
+	sum := sha256.Sum256([]byte(b.repo + "\x00" + os.Getenv("BED_VM") + "\x00" + os.Getenv("BED_INIT") + os.Getenv("BED_ZFS")))
 	return filepath.Join(b.cache.Dir, "run", hex.EncodeToString(sum[:6]))
 }
 
