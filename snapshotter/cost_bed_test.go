@@ -129,6 +129,11 @@ func TestCost(t *testing.T) {
 	}
 	t.Setenv("PATH", t.TempDir()) // no program can be found
 	syncs := countSyncs(t)
+	unpacked := snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: "ref"})
+	later := 1 // of a layer's commit the spare comes later, unless it comes with it
+	if native.ClonesAtOnce() {
+		later = 0
+	}
 	// A transaction of the records is two syncs. waits are the changes that the caller waits for; the others,
 	// marks and spares, come a second later.
 	for _, step := range []struct {
@@ -156,6 +161,9 @@ func TestCost(t *testing.T) {
 		{"Remove of another", 0, 0, 0, 2, func() error { return s.Remove(ctx, "c2") }},
 		// However many there are: one for each mark, of which a spare has one too, and one that destroys all.
 		{"Cleanup of two", 1, 1, 3 + 1, 0, func() error { return s.Cleanup(ctx) }},
+		{"Prepare of a layer to be unpacked, with a spare", 0, 1, 2, 2, func() error { _, err := s.Prepare(ctx, "l3", "c1", unpacked); return err }},
+		{"Commit of that", 1, 1 + later, 3 + later, 2 + 2*later, func() error { return s.Commit(ctx, "c3", "l3") }},
+		{"Prepare of the next", 0, 1, 2, 2, func() error { _, err := s.Prepare(ctx, "l4", "c3", unpacked); return err }},
 		{"Cleanup of none", 0, 0, 0, 0, func() error { return s.Cleanup(ctx) }},
 	} {
 		changes.Store(0)

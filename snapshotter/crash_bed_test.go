@@ -25,7 +25,7 @@ import (
 
 // operation is one call to the snapshotter.
 type operation struct {
-	call string // prepare, view, commit, remove, cleanup; clone and state; spare is prepare and what is put off by it
+	call string // prepare, view, commit, remove, cleanup; clone and state; layer is prepare of one to be unpacked, spare is prepare and what is put off by it
 	key  string
 	to   string // prepare, view: the parent; commit: the new name; clone: whose state
 }
@@ -78,6 +78,9 @@ func (w *world) do(o operation) error {
 		case "prepare":
 			_, err := w.d.Prepare(ctx, o.key, o.to)
 			return err
+		case "layer":
+			_, err := w.d.Prepare(ctx, o.key, o.to, snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: o.key}))
+			return err
 		case "spare":
 			if _, err := w.d.Prepare(ctx, o.key, o.to); err != nil {
 				return err
@@ -128,7 +131,7 @@ func (w *world) did(o operation) {
 	switch o.call {
 	case "state":
 		w.records[o.key].state = maps.Clone(w.records[o.key].files)
-	case "prepare", "spare", "view", "clone":
+	case "prepare", "layer", "spare", "view", "clone":
 		r := &record{kind: snapshots.KindActive, parent: o.to, files: map[string]string{}}
 		switch p := w.records[o.to]; {
 		case o.call == "clone":
@@ -402,6 +405,8 @@ func exhaust(t *testing.T, pool, way string) {
 		{o: operation{"prepare", "o", "layer"}, with: []operation{{"spare", "p", "layer"}}},
 		{o: operation{"view", "c", "layer"}},
 		{o: operation{"commit", "d", "e"}, with: []operation{{"prepare", "d", "layer"}}},
+		{o: operation{"commit", "q", "r"}, with: []operation{{"layer", "q", "layer"}}},
+		{o: operation{"layer", "s", "t"}, with: []operation{{"layer", "u", "layer"}, {"commit", "u", "t"}}},
 		{o: operation{"remove", "f", ""}, with: []operation{{"prepare", "f", "layer"}}},
 		{o: operation{"cleanup", "", ""}, with: []operation{{"prepare", "g", "layer"}, {"commit", "g", "h"}, {"prepare", "i", "h"}, {"remove", "i", ""}, {"remove", "h", ""}}},
 		{o: operation{"clone", "k", "source"}},
@@ -545,7 +550,7 @@ func (w *world) choose(rng *rand.Rand, i int) operation {
 		}
 		return operation{"clone", fmt.Sprint("copy", i), key}
 	}
-	return operation{"prepare", fmt.Sprint("active", i), pick(parents)}
+	return operation{[]string{"prepare", "layer"}[rng.IntN(2)], fmt.Sprint("active", i), pick(parents)}
 }
 
 // fromEnv is a number from the environment, for `make stress`, or another one.

@@ -40,6 +40,10 @@ func (w watched) Snapshot(ctx context.Context, name string, p zfs.Properties) er
 	return w.around(true, func() error { return w.ZFS.Snapshot(ctx, name, p) })
 }
 
+func (w watched) SnapshotAndClone(ctx context.Context, snapshot string, props zfs.Properties, clone string, cloneProps zfs.Properties) error {
+	return w.around(true, func() error { return w.ZFS.SnapshotAndClone(ctx, snapshot, props, clone, cloneProps) })
+}
+
 func (w watched) Destroy(ctx context.Context, name string) error {
 	return w.around(true, func() error { return w.ZFS.Destroy(ctx, name) })
 }
@@ -103,13 +107,14 @@ func (f *faults) around(_ bool, do func() error) error {
 // life is one image's and one container's life. It goes on after an error, as
 // containerd does with the next request, and does again what failed.
 func life(ctx context.Context, s snapshots.Snapshotter) (failed int, err error) {
+	unpacked := snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: "ref"})
 	steps := []struct {
 		name string
 		do   func() error
 	}{
-		{"prepare layer 1", func() error { _, err := s.Prepare(ctx, "l1", ""); return err }},
+		{"prepare layer 1", func() error { _, err := s.Prepare(ctx, "l1", "", unpacked); return err }},
 		{"commit layer 1", func() error { return s.Commit(ctx, "c1", "l1") }},
-		{"prepare layer 2", func() error { _, err := s.Prepare(ctx, "l2", "c1"); return err }},
+		{"prepare layer 2", func() error { _, err := s.Prepare(ctx, "l2", "c1", unpacked); return err }},
 		{"commit layer 2", func() error { return s.Commit(ctx, "c2", "l2") }},
 		{"view", func() error { _, err := s.View(ctx, "v", "c2"); return err }},
 		{"prepare root", func() error { _, err := s.Prepare(ctx, "root", "c2"); return err }},

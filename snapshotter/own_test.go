@@ -32,6 +32,7 @@ type fake struct {
 	destroying error                   // what DestroyAll answers
 	listed     int                     // calls of Children
 	taken      int                     // snapshots so far, which createtxg of each counts
+	atOnce     bool                    // it clones at once with the snapshot
 }
 
 func (f *fake) Create(_ context.Context, name string, p zfs.Properties) error {
@@ -72,6 +73,21 @@ func (f *fake) Snapshot(ctx context.Context, name string, p zfs.Properties) erro
 	return f.Clone(ctx, dataset, name, p)
 }
 
+func (f *fake) ClonesAtOnce() bool { return f.atOnce }
+
+func (f *fake) SnapshotAndClone(ctx context.Context, snapshot string, props zfs.Properties, clone string, cloneProps zfs.Properties) error {
+	if !f.atOnce {
+		return errdefs.ErrNotImplemented
+	}
+	if _, err := f.Property(ctx, clone, ""); err == nil {
+		return errdefs.ErrAlreadyExists
+	}
+	if err := f.Snapshot(ctx, snapshot, props); err != nil {
+		return err
+	}
+	return f.Clone(ctx, snapshot, clone, cloneProps)
+}
+
 // txg is a snapshot's place in time.
 func (f *fake) txg(snapshot string) uint64 {
 	n, _ := strconv.ParseUint(f.datasets[snapshot]["createtxg"], 10, 64)
@@ -81,6 +97,9 @@ func (f *fake) txg(snapshot string) uint64 {
 func (f *fake) Destroy(ctx context.Context, name string) error {
 	if _, err := f.Property(ctx, name, ""); err != nil {
 		return err
+	}
+	if f.needed(name) {
+		return errdefs.ErrFailedPrecondition
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -334,7 +334,8 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 			return nil, fmt.Errorf("making snapshot %s: %w", key, err)
 		}
 	}
-	sn, err := s.record(ctx, kind, key, parent, of, spare, opts)
+	layer := kind == snapshots.KindActive && info.Labels[snapshots.LabelSnapshotRef] != "" // one will be unpacked into it
+	sn, err := s.record(ctx, kind, key, parent, of, spare, layer, opts)
 	if spare != "" {
 		s.settleSpare(from, spare, err != nil)
 	}
@@ -367,8 +368,8 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 		return nil, errors.Join(err, s.undoCreate(ctx, key))
 	}
-	if info.Labels[snapshots.LabelSnapshotRef] != "" && kind == snapshots.KindActive {
-		s.keeps.begin(ctx, sn.ID, s.name(sn.ID)) // a layer will be unpacked into it
+	if layer {
+		s.keeps.begin(ctx, sn.ID, s.name(sn.ID))
 		s.spares.unwant(from)
 	} else if from != "" {
 		s.wantSpare(ctx, from, parent)
@@ -386,7 +387,7 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 }
 
 // record writes the record of a snapshot that is to be made, or of a spare.
-func (s *snapshotter) record(ctx context.Context, kind snapshots.Kind, key, parent, of, spare string, opts []snapshots.Opt) (sn storage.Snapshot, err error) {
+func (s *snapshotter) record(ctx context.Context, kind snapshots.Kind, key, parent, of, spare string, layer bool, opts []snapshots.Opt) (sn storage.Snapshot, err error) {
 	err = s.update(ctx, func(ctx context.Context, tx *bolt.Tx) error {
 		if err := s.checkSource(ctx, of, key, parent); err != nil {
 			return err
@@ -404,10 +405,16 @@ func (s *snapshotter) record(ctx context.Context, kind snapshots.Kind, key, pare
 			return err
 		}
 		s.creating.begin(sn.ID)
+		if layer {
+			if err := s.planSpare(tx, sn.ID); err != nil {
+				return err
+			}
+		}
 		return put(tx, creatingKey, s.creating.String())
 	})
 	if err != nil {
 		s.creating.end(sn.ID)
+		s.spares.unplan(sn.ID)
 		return sn, fmt.Errorf("recording snapshot %s: %w", key, err)
 	}
 	return sn, nil
@@ -457,6 +464,7 @@ func (s *snapshotter) undoCreate(ctx context.Context, key string) error {
 		return err
 	})
 	if err == nil {
+		s.spares.unplan(id)
 		s.doomed.add(id) // it may be there all the same
 	}
 	return err
@@ -524,12 +532,9 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 	}
 	snap, props := s.name(id)+committed, zfs.Properties{}
 	describe(props, propName, name)
-	err = s.zfs.Snapshot(ctx, snap, props)
-	if errdefs.IsAlreadyExists(err) {
-		// The record is active, so a crash or an error came between snapshot and record.
-		if err = s.zfs.Destroy(ctx, snap); err == nil {
-			err = s.zfs.Snapshot(ctx, snap, props)
-		}
+	spare := s.commitWithSpare(ctx, id, snap, props)
+	if spare == "" {
+		err = s.snapshot(ctx, snap, props)
 	}
 	if err != nil {
 		return fmt.Errorf("committing %s: %w", key, s.lost(ctx, err, id, key))
@@ -542,13 +547,39 @@ func (s *snapshotter) Commit(ctx context.Context, name, key string, opts ...snap
 		})
 	}
 	if err != nil {
+		if spare != "" {
+			s.dropPlanned(id, spare)
+		}
 		// The @snapshot stays: the next Commit takes it anew, Remove takes it along. A
 		// record that is on the disk, though its last sync failed, would miss it.
 		return fmt.Errorf("committing %s: %w", key, err)
 	}
 	s.keeps.end(id)
-	s.wantSpare(ctx, id, name)
+	if spare != "" {
+		s.addSpare(id, spare)
+	} else {
+		s.wantSpare(ctx, id, name)
+	}
 	return nil
+}
+
+// snapshot takes the snapshot of one whose record is active: one that is there is of a crash
+// or an error that came between snapshot and record.
+func (s *snapshotter) snapshot(ctx context.Context, snap string, props zfs.Properties) error {
+	err := s.zfs.Snapshot(ctx, snap, props)
+	if !errdefs.IsAlreadyExists(err) {
+		return err
+	}
+	if err = s.zfs.Destroy(ctx, snap); errdefs.IsFailedPrecondition(err) {
+		// The spare that was made with it has no record.
+		if err = s.clean(ctx, true); err == nil {
+			err = s.zfs.Destroy(ctx, snap)
+		}
+	}
+	if err == nil {
+		err = s.zfs.Snapshot(ctx, snap, props)
+	}
+	return err
 }
 
 // Remove drops the record; the dataset goes with the next Cleanup.

@@ -50,7 +50,8 @@ type spares struct {
 	closed bool
 	wanted map[string]string // names of the parents that shall have one, by their ids
 	of     map[string]*spare
-	making chan struct{} // closed when those that are being made are there; nil: none is
+	next   map[string]string // ids for the spares of what is being unpacked, by its id
+	making chan struct{}     // closed when those that are being made are there; nil: none is
 	runs   sync.WaitGroup
 }
 
@@ -74,6 +75,30 @@ func (p *spares) want(id, name string, due func() <-chan struct{}, run func()) {
 		<-c
 		run()
 	})
+}
+
+// plan notes the id that the spare of a snapshot will have when that is committed.
+func (p *spares) plan(of, id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.next == nil {
+		p.next = map[string]string{}
+	}
+	p.next[of] = id
+}
+
+// planned answers that id; empty if there is none.
+func (p *spares) planned(of string) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.next[of]
+}
+
+// unplan is for one that was made, or will not be.
+func (p *spares) unplan(of string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.next, of)
 }
 
 // unwant is for one that turned out to be no container's parent.
@@ -174,6 +199,9 @@ func (p *spares) held() map[string]bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	ids := map[string]bool{}
+	for _, id := range p.next {
+		ids[id] = true // its parent is being committed
+	}
 	for parent, i := range p.of {
 		ids[i.id] = true
 		ids[parent] = ids[parent] || i.orphan
@@ -195,6 +223,12 @@ func (p *spares) wait(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+func (p *spares) isClosed() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.closed
 }
 
 // close has no more of them made. Those that are there are left to the next daemon.
@@ -315,8 +349,57 @@ func (s *snapshotter) settleSpare(parent, id string, ready bool) {
 	}
 }
 
+// planSpare takes an id for the spare of a snapshot that is recorded in this transaction, if that will be made with its commit.
+func (s *snapshotter) planSpare(tx *bolt.Tx, of string) error {
+	if !s.hasty || !s.zfs.ClonesAtOnce() || s.spares.isClosed() {
+		return nil
+	}
+	records, err := recordsOf(tx)
+	if err != nil {
+		return err
+	}
+	n, err := records.NextSequence()
+	if err != nil {
+		return err
+	}
+	s.spares.plan(of, strconv.FormatUint(n, 10))
+	return nil
+}
+
+// commitWithSpare takes the snapshot of one that is being unpacked together with the spare that the next layer, or a container, will have.
+// Empty: there is none; the snapshot is not taken.
+func (s *snapshotter) commitWithSpare(ctx context.Context, id, snap string, props zfs.Properties) string {
+	spare := s.spares.planned(id)
+	if spare == "" {
+		return ""
+	}
+	err := s.zfs.SnapshotAndClone(ctx, snap, props, s.home(spare), s.spareProperties(spare))
+	if err == nil {
+		return spare
+	}
+	log.G(ctx).WithError(err).WithField("dataset", snap).Debug("no spare with the snapshot")
+	s.dropPlanned(id, spare)
+	return ""
+}
+
+// addSpare is for one that was made with its parent's commit.
+func (s *snapshotter) addSpare(parent, id string) {
+	if old := s.spares.reserve(parent, id); old != "" {
+		s.doomed.add(old)
+	}
+	s.spares.unplan(parent)
+	s.settleSpare(parent, id, true)
+}
+
+// dropPlanned is for one whose parent was not committed with it. An error tells not whether it is there.
+func (s *snapshotter) dropPlanned(parent, id string) {
+	s.spares.unplan(parent)
+	s.doomed.add(id)
+}
+
 // doom is for a snapshot whose record was dropped: its dataset and its spare go with the next Cleanup.
 func (s *snapshotter) doom(id string) {
+	s.spares.unplan(id)
 	spare, held := s.spares.drop(id)
 	if spare != "" {
 		s.doomed.add(spare)

@@ -260,6 +260,81 @@ func TestSpareFailed(t *testing.T) {
 	}
 }
 
+// counting counts what the pool is waited for besides SnapshotAndClone.
+type counting struct {
+	*fake
+	changes atomic.Int32
+}
+
+func (c *counting) Clone(ctx context.Context, snapshot, name string, p zfs.Properties) error {
+	c.changes.Add(1)
+	return c.fake.Clone(ctx, snapshot, name, p)
+}
+
+func (c *counting) Snapshot(ctx context.Context, name string, p zfs.Properties) error {
+	c.changes.Add(1)
+	return c.fake.Snapshot(ctx, name, p)
+}
+
+// TestSpareAtOnce: where ZFS can, the filesystem of the next layer is made with the commit of the one before.
+func TestSpareAtOnce(t *testing.T) {
+	ctx := context.Background()
+	z := &counting{fake: &fake{datasets: map[string]zfs.Properties{}, atOnce: true}}
+	s := startWithSpares(t, z, filepath.Join(t.TempDir(), "root"))
+	layerIn(t, s, "bottom", "")
+	layerIn(t, s, "middle", "bottom")
+	clean(t, s) // lists, and finds a filesystem without a record
+	layerIn(t, s, "top", "middle")
+	if id := prepared(t, s, "root", "top"); id != "4" || z.changes.Load() != 0 {
+		t.Errorf("a container has %s, and ZFS was waited for %d times besides the commits", id, z.changes.Load())
+	}
+	sparesMade(s)
+	if got := filesystemsOf(z.fake); got != "1 2 3 4 5" {
+		t.Errorf("with a container: %s", got)
+	}
+	// One that is not committed has none.
+	if _, err := s.Prepare(ctx, "given-up", "top", snapshots.WithLabels(map[string]string{snapshots.LabelSnapshotRef: "x"})); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []string{"given-up", "root", "top", "middle", "bottom"} {
+		if err := s.Remove(ctx, key); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Cleanup(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if held := s.(*snapshotter).spares.held(); filesystemsOf(z.fake) != "" || len(held) != 0 {
+		t.Errorf("left %s, held %v", filesystemsOf(z.fake), held)
+	}
+}
+
+// TestSpareAtOnceCrash: a crash after the snapshot and the spare, and before the record: the next Commit takes the snapshot anew.
+func TestSpareAtOnceCrash(t *testing.T) {
+	ctx, root := context.Background(), filepath.Join(t.TempDir(), "root")
+	crashed := ""
+	z := &fake{datasets: map[string]zfs.Properties{}, atOnce: true}
+	z.creating = func(name string) {
+		if name == parent+"/2" {
+			crashed = copyOf(t, root)
+		}
+	}
+	s := startWithSpares(t, z, root)
+	layerIn(t, s, "layer", "")
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	next := startWithSpares(t, z, crashed)
+	if err := next.Commit(ctx, "layer", "layer-key"); err != nil {
+		t.Fatal(err)
+	}
+	sparesMade(next)
+	clean(t, next)
+	if got := filesystemsOf(z); got != "1 3" || keys(t, next) != "layer" {
+		t.Errorf("%s; records: %s", got, keys(t, next))
+	}
+}
+
 // TestSpareLimit: the oldest goes when there are too many.
 func TestSpareLimit(t *testing.T) {
 	var p spares

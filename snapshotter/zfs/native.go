@@ -21,7 +21,10 @@ import (
 // Native is ZFS by the module's own ioctls: no process, and no library but this
 // one. It mounts and unmounts nothing. Its errors are *Error. A call that the
 // module has begun is not interrupted when its context ends.
-type Native struct{ device *device }
+type Native struct {
+	device *device
+	atOnce bool
+}
 
 // tested are the releases that the ABI was compared for, as major.minor.
 var tested = []string{"2.0", "2.1", "2.2", "2.3", "2.4"}
@@ -29,20 +32,29 @@ var tested = []string{"2.0", "2.1", "2.2", "2.3", "2.4"}
 // OpenNative opens /dev/zfs if the loaded module is of a release whose ABI is
 // known here. Unavailable: no module; NotImplemented: another release.
 func OpenNative() (*Native, error) {
-	if _, err := Module(); err != nil {
+	version, err := Module()
+	if err != nil {
 		return nil, err
 	}
 	d, err := openDevice()
 	if err != nil {
 		return nil, err
 	}
-	return &Native{device: d}, nil
+	return &Native{device: d, atOnce: clonesAtOnce(version)}, nil
+}
+
+// release is major.minor of a version; empty if it has no more than that.
+func release(version string) string {
+	major, rest, _ := strings.Cut(version, ".")
+	minor, _, ok := strings.Cut(rest, ".")
+	if !ok {
+		return ""
+	}
+	return major + "." + minor
 }
 
 func checkVersion(version string) error {
-	major, rest, _ := strings.Cut(version, ".")
-	minor, _, ok := strings.Cut(rest, ".")
-	if strconv.IntSize != 64 || !ok || !slices.Contains(tested, major+"."+minor) {
+	if strconv.IntSize != 64 || !slices.Contains(tested, release(version)) {
 		return fmt.Errorf("the ABI of ZFS module %q is not known here (%s are): %w", version, strings.Join(tested, ", "), errdefs.ErrNotImplemented)
 	}
 	return nil

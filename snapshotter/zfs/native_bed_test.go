@@ -26,6 +26,56 @@ func zfsSays(t *testing.T, args ...string) string {
 	return strings.Join(strings.Fields(string(out)), " ")
 }
 
+// TestAtOnce: a snapshot and its clone with their properties, both or neither; where the module cannot, nothing is tried.
+func TestAtOnce(t *testing.T) {
+	const pool = "atonce"
+	testPool(t, pool)
+	ctx, n, must := context.Background(), openNative(t), orFail(t)
+	must(n.Create(ctx, pool+"/a", nil))
+	must(n.Create(ctx, pool+"/b", nil))
+	before := n.Calls()
+	err := n.SnapshotAndClone(ctx, pool+"/a@1", Properties{"x:s": "one"}, pool+"/c", Properties{"x:c": "two", "x:d": strings.Repeat("d", 8000)})
+	if !n.ClonesAtOnce() {
+		if !errdefs.IsNotImplemented(err) || n.Calls() != before {
+			t.Errorf("%v, %d ioctls", err, n.Calls()-before)
+		}
+		version, _ := Module()
+		t.Skipf("ZFS %s clones no snapshot that it takes in the same transaction group (BED_ZFS=trixie-backports has one that does)", version)
+	}
+	must(err)
+	if calls := n.Calls() - before; calls != 1 {
+		t.Errorf("%d ioctls", calls)
+	}
+	for name, want := range map[string][3]string{pool + "/a@1": {"x:s", "one", Unset}, pool + "/c": {"x:c", "two", pool + "/a@1"}} {
+		d, err := n.Stat(ctx, name)
+		must(err)
+		if d.Property(want[0]) != want[1] || d.Property("origin") != want[2] {
+			t.Errorf("%s: %q, origin %q", name, d.Property(want[0]), d.Property("origin"))
+		}
+	}
+	if v, err := n.Property(ctx, pool+"/c", "x:d"); err != nil || len(v) != 8000 {
+		t.Errorf("a long value: %d, %v", len(v), err)
+	}
+	for _, c := range []struct{ snapshot, clone string }{{pool + "/a@1", pool + "/d"}, {pool + "/a@2", pool + "/b"}} {
+		if err := n.SnapshotAndClone(ctx, c.snapshot, nil, c.clone, nil); !errdefs.IsAlreadyExists(err) {
+			t.Errorf("%v: %v", c, err)
+		}
+	}
+	if err := n.SnapshotAndClone(ctx, pool+"/none@1", nil, pool+"/d", nil); !errdefs.IsNotFound(err) {
+		t.Errorf("of nothing: %v", err)
+	}
+	for _, name := range []string{pool + "/a@2", pool + "/d"} {
+		if _, err := n.Stat(ctx, name); !errdefs.IsNotFound(err) {
+			t.Errorf("%s is left: %v", name, err)
+		}
+	}
+	for _, name := range []string{pool + "/a@1", pool + "/b"} {
+		if _, err := n.Stat(ctx, name); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
 // TestNative: what the ioctls do is what the zfs program sees afterwards.
 func TestNative(t *testing.T) {
 	const pool = "zfsops"

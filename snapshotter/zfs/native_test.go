@@ -23,6 +23,14 @@ func TestCheckVersion(t *testing.T) {
 	}
 }
 
+func TestClonesAtOnce(t *testing.T) {
+	for version, want := range map[string]bool{"2.0.7": false, "2.3.9-0+deb13u1": false, "2.4.0": true, "2.4.4-pve1": true} {
+		if got := clonesAtOnce(version); got != want {
+			t.Errorf("%s: %v", version, got)
+		}
+	}
+}
+
 // TestChoose: a module that was not tried is not used natively, and the log says so.
 func TestChoose(t *testing.T) {
 	unknown := func() (*Native, error) { return nil, checkVersion("9.9.1") }

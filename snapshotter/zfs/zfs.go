@@ -40,6 +40,11 @@ type ZFS interface {
 	Clone(ctx context.Context, snapshot, name string, props Properties) error
 	// Snapshot takes dataset@snapshot, with user properties.
 	Snapshot(ctx context.Context, name string, props Properties) error
+	// ClonesAtOnce says whether SnapshotAndClone is to be had.
+	ClonesAtOnce() bool
+	// SnapshotAndClone is Snapshot, and Clone of that, with one wait for the pool: both or neither. Properties are
+	// user properties. NotImplemented: see ClonesAtOnce. AlreadyExists: one of the two.
+	SnapshotAndClone(ctx context.Context, snapshot string, props Properties, clone string, cloneProps Properties) error
 	// Rename gives a filesystem another name within its pool, whose parent exists, or
 	// a snapshot another among those of its filesystem.
 	Rename(ctx context.Context, from, to string) error
