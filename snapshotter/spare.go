@@ -290,17 +290,13 @@ func (s *snapshotter) reserveSpares(ctx context.Context, wanted map[string]strin
 			if err != nil {
 				return err
 			}
-			records, err := recordsOf(tx)
+			spare, err := nextID(tx)
 			if err != nil {
 				return err
 			}
-			n, err := records.NextSequence()
-			if err != nil {
-				return err
-			}
-			made[parent] = strconv.FormatUint(n, 10)
-			s.creating.start(made[parent], s.origin([]string{parent}), s.spareProperties(made[parent]))
-			if old := s.spares.reserve(parent, made[parent]); old != "" {
+			made[parent] = spare
+			s.creating.start(spare, s.origin([]string{parent}), s.spareProperties(spare))
+			if old := s.spares.reserve(parent, spare); old != "" {
 				s.doomed.add(old)
 			}
 		}
@@ -354,16 +350,11 @@ func (s *snapshotter) planSpare(tx *bolt.Tx, of string) error {
 	if !s.hasty || !s.zfs.ClonesAtOnce() || s.spares.isClosed() {
 		return nil
 	}
-	records, err := recordsOf(tx)
-	if err != nil {
-		return err
+	id, err := nextID(tx)
+	if err == nil {
+		s.spares.plan(of, id)
 	}
-	n, err := records.NextSequence()
-	if err != nil {
-		return err
-	}
-	s.spares.plan(of, strconv.FormatUint(n, 10))
-	return nil
+	return err
 }
 
 // commitWithSpare takes the snapshot of one that is being unpacked together with the spare that the next layer, or a container, will have.
@@ -444,6 +435,16 @@ func recordsOf(tx *bolt.Tx) (*bolt.Bucket, error) {
 		}
 	}
 	return nil, fmt.Errorf("the records have another form than is known here: %w", errdefs.ErrInternal)
+}
+
+// nextID takes an id from the count.
+func nextID(tx *bolt.Tx) (string, error) {
+	records, err := recordsOf(tx)
+	if err != nil {
+		return "", err
+	}
+	n, err := records.NextSequence()
+	return strconv.FormatUint(n, 10), err
 }
 
 // withID has create give the record that it makes an id that was taken from the count before.
