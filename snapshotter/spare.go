@@ -52,6 +52,7 @@ type spares struct {
 	of     map[string]*spare
 	next   map[string]string // ids for the spares of what is being unpacked, by its id
 	making chan struct{}     // closed when those that are being made are there; nil: none is
+	makers int               // runs that make some
 	runs   sync.WaitGroup
 }
 
@@ -108,23 +109,27 @@ func (p *spares) unwant(id string) {
 	delete(p.wanted, id)
 }
 
-// begin answers the wanted that have none, and has others wait until end.
+// begin answers the wanted that have none. If there are any, others wait until end.
 func (p *spares) begin() map[string]string {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	all := p.wanted
 	p.wanted = nil
 	maps.DeleteFunc(all, func(id, _ string) bool { return p.closed || p.of[id] != nil })
-	if len(all) > 0 && p.making == nil {
+	if len(all) == 0 {
+		return nil
+	}
+	if p.makers == 0 {
 		p.making = make(chan struct{})
 	}
+	p.makers++
 	return all
 }
 
 func (p *spares) end() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.making != nil {
+	if p.makers--; p.makers == 0 {
 		close(p.making)
 		p.making = nil
 	}
@@ -258,10 +263,10 @@ const (
 // makeSpares makes those that are wanted.
 func (s *snapshotter) makeSpares(ctx context.Context) {
 	wanted := s.spares.begin()
-	defer s.spares.end()
 	if len(wanted) == 0 {
 		return
 	}
+	defer s.spares.end()
 	made, err := s.reserveSpares(ctx, wanted)
 	if err != nil {
 		log.G(ctx).WithError(err).Warn("no spares are made: the next containers wait for the pool")

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
@@ -332,6 +333,30 @@ func TestSpareAtOnceCrash(t *testing.T) {
 	clean(t, next)
 	if got := filesystemsOf(z); got != "1 3" || keys(t, next) != "layer" {
 		t.Errorf("%s; records: %s", got, keys(t, next))
+	}
+}
+
+// TestSpareWait: whoever waits for those that are being made waits for the last of them.
+func TestSpareWait(t *testing.T) {
+	var p spares
+	due := func() <-chan struct{} { return make(chan struct{}) } // never
+	for _, id := range []string{"1", "2"} {
+		p.want(id, "name", due, nil)
+		if all := p.begin(); len(all) != 1 || len(p.begin()) != 0 {
+			t.Fatalf("wanted %v", all)
+		}
+	}
+	ended := make(chan error)
+	go func() { ended <- p.wait(context.Background()) }()
+	p.end()
+	select {
+	case <-ended:
+		t.Error("one is being made")
+	case <-time.After(20 * time.Millisecond):
+	}
+	p.end()
+	if err := <-ended; err != nil || p.wait(context.Background()) != nil {
+		t.Error(err)
 	}
 }
 
