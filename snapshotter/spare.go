@@ -301,9 +301,7 @@ func (s *snapshotter) reserveSpares(ctx context.Context, wanted map[string]strin
 			}
 			made[parent] = spare
 			s.creating.start(spare, s.origin([]string{parent}), s.spareProperties(spare))
-			if old := s.spares.reserve(parent, spare); old != "" {
-				s.doomed.add(old)
-			}
+			s.reserveSpare(parent, spare)
 		}
 		return put(tx, creatingKey, s.creating.String())
 	})
@@ -314,6 +312,13 @@ func (s *snapshotter) reserveSpares(ctx context.Context, wanted map[string]strin
 		}
 	}
 	return made, err
+}
+
+// reserveSpare notes a spare; the oldest goes if there are too many.
+func (s *snapshotter) reserveSpare(parent, id string) {
+	if old := s.spares.reserve(parent, id); old != "" {
+		s.doomed.add(old)
+	}
 }
 
 // spareProperties are those of a snapshot's filesystem without the key.
@@ -380,9 +385,7 @@ func (s *snapshotter) commitWithSpare(ctx context.Context, id, snap string, prop
 
 // addSpare is for one that was made with its parent's commit.
 func (s *snapshotter) addSpare(parent, id string) {
-	if old := s.spares.reserve(parent, id); old != "" {
-		s.doomed.add(old)
-	}
+	s.reserveSpare(parent, id)
 	s.spares.unplan(parent)
 	s.settleSpare(parent, id, true)
 }

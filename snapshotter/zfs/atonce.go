@@ -57,15 +57,16 @@ func (n *Native) SnapshotAndClone(ctx context.Context, snapshot string, props Pr
 	if !n.atOnce {
 		return fmt.Errorf("a clone at once with its snapshot %s: %w", snapshot, errdefs.ErrNotImplemented)
 	}
-	list := func(p Properties) nvlist.List {
-		l := nvlist.List{}
-		for name, value := range p {
-			l[name] = value
-		}
-		return l
+	described, err := properties(props)
+	if err != nil {
+		return fmt.Errorf("snapshot %s: %w", snapshot, err)
+	}
+	marked, err := properties(marks)
+	if err != nil {
+		return fmt.Errorf("clone %s: %w", clone, err)
 	}
 	answer, err := n.ChannelProgram(ctx, pool(snapshot), snapshotAndClone, nvlist.List{
-		"snapshot": snapshot, "properties": list(props), "clone": clone, "marks": list(marks),
+		"snapshot": snapshot, "properties": described, "clone": clone, "marks": marked,
 	}, false)
 	if err != nil {
 		return err
