@@ -120,6 +120,15 @@ func collected(t *testing.T) {
 	t.Error("there are snapshots still")
 }
 
+// ended waits for the end of a task.
+func ended(id string) string {
+	return "for i in $(seq 600); do ctr task ls | grep -q '^" + id + " .*STOPPED' && break; sleep 0.1; done"
+}
+
+func killed(id string) string {
+	return "ctr task kill -s KILL " + id + "; " + ended(id) + "; ctr task delete " + id
+}
+
 const run = "ctr run -d --runtime io.containerd.pve.v2 --snapshotter pve-zfs " + image
 
 // TestInstall: the package's life on a host with containerd 2.4.
@@ -182,9 +191,9 @@ func TestInstall(t *testing.T) {
 	is(t, "hello", "ctr task exec --exec-id e1 one echo hello")
 	ok(t, run+" three sleep 1000")
 	is(t, "hello", "ctr task exec --exec-id e1 three echo hello")
-	ok(t, "ctr task kill one; for i in $(seq 100); do ctr task ls | grep -q 'one .*STOPPED' && break; sleep 0.1; done")
+	ok(t, "ctr task kill one; "+ended("one"))
 	fails(t, 0, "exit code 7", "ctr task delete one")
-	ok(t, "ctr task kill -s KILL three; sleep 1; ctr task delete three; ctr containers delete one three")
+	ok(t, killed("three")+"; ctr containers delete one three")
 
 	// Removed: containerd is as it was, containers go on, configuration and data stay.
 	fails(t, 2, "1 containers", "containerd-pve uninstall --yes")
@@ -205,7 +214,7 @@ func TestInstall(t *testing.T) {
 	// Installed again it takes up what is there.
 	ok(t, "dpkg -i made/containerd-pve_1.1_*.deb && containerd-pve install --yes && containerd-pve check")
 	is(t, "hello", "ctr task exec --exec-id e3 two echo hello")
-	ok(t, "ctr task kill -s KILL two; sleep 1; ctr task delete two; ctr containers delete two; ctr images rm --sync $(ctr images ls -q)")
+	ok(t, killed("two")+"; ctr containers delete two; ctr images rm --sync $(ctr images ls -q)")
 	collected(t)
 	must(t, os.WriteFile("/etc/containerd-pve/config.toml.d/install.toml", []byte("dataset = \""+dataset+"\"\nlog_level = \"debug\"\n"), 0o644))
 	fails(t, 0, "changed since", "containerd-pve uninstall --yes")
@@ -273,7 +282,7 @@ func TestLongInstallProxmox(t *testing.T) {
 	ok(t, "containerd-pve container snapshot s1 node && containerd-pve container diff s1 node")
 	ok(t, "dpkg -i made/containerd-pve_1.0_*.deb")
 	is(t, "hello", "ctr task exec --exec-id e2 node echo hello")
-	ok(t, "ctr task kill -s KILL node; sleep 1; ctr task delete node; ctr containers delete node; ctr images rm --sync "+image)
+	ok(t, killed("node")+"; ctr containers delete node; ctr images rm --sync "+image)
 	collected(t)
 	fails(t, 2, "No such file", "ls /etc/pve/lxc/100.conf")
 	fails(t, 1, "does not exist", "zfs list tank/data/subvol-100-disk-0")
