@@ -312,9 +312,9 @@ func start(t *testing.T, z zfs.ZFS, root string) Store {
 	return s
 }
 
-func startWithSpares(t *testing.T, z zfs.ZFS, root string) Store {
+func startWithSpares(t *testing.T, z zfs.ZFS, root string, options ...Option) Store {
 	t.Helper()
-	s, err := New(context.Background(), z, root, parent)
+	s, err := New(context.Background(), z, root, parent, options...)
 	if err != nil {
 		t.Fatal(err)
 	}

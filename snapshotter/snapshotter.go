@@ -100,8 +100,17 @@ type Store interface {
 
 var _ Store = (*snapshotter)(nil)
 
+// DefaultSpares is how many spares there are at most where nobody says otherwise.
+const DefaultSpares = 256
+
+// Option changes what New opens.
+type Option func(*snapshotter)
+
+// WithSpares bounds how many filesystems are made before they are asked for, of the images that containers were made of last; 0: none.
+func WithSpares(most int) Option { return func(s *snapshotter) { s.spares.most = most } }
+
 // New opens the store at root on the parent dataset, which it makes if missing.
-func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ Store, err error) {
+func New(ctx context.Context, z zfs.ZFS, root, dataset string, options ...Option) (_ Store, err error) {
 	// Its parent is the runtime's as well, whose containers with a user namespace
 	// have to get through.
 	if err := os.MkdirAll(filepath.Dir(root), 0o711); err != nil {
@@ -137,7 +146,10 @@ func New(ctx context.Context, z zfs.ZFS, root, dataset string) (_ Store, err err
 		return nil, fmt.Errorf("opening the metadata: %w", err)
 	}
 	bg, stop := context.WithCancel(context.WithoutCancel(ctx))
-	s := &snapshotter{zfs: z, dataset: dataset, store: store, ms: ms, lock: lock, commits: locker.New(), cleaning: semaphore.NewWeighted(1), keeps: keeps{mount: mountDetached}, stop: stop, done: make(chan struct{})}
+	s := &snapshotter{zfs: z, dataset: dataset, store: store, ms: ms, lock: lock, commits: locker.New(), cleaning: semaphore.NewWeighted(1), keeps: keeps{mount: mountDetached}, spares: spares{most: DefaultSpares}, stop: stop, done: make(chan struct{})}
+	for _, o := range options {
+		o(s)
+	}
 	if err = s.bind(ctx, store); err == nil {
 		err = s.inherit(ctx)
 	}

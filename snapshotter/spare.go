@@ -44,8 +44,10 @@ type spare struct {
 	orphan bool
 }
 
-// spares are the clones that are ready, by the ids of their parents. The zero value is ready.
+// spares are the clones that are ready, by the ids of their parents. The zero value has none, ever.
 type spares struct {
+	most int // how many there are: those of the images that containers were made of last
+
 	mu     sync.Mutex
 	closed bool
 	wanted map[string]string // names of the parents that shall have one, by their ids
@@ -60,7 +62,7 @@ type spares struct {
 func (p *spares) want(id, name string, due func() <-chan struct{}, run func()) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed || p.of[id] != nil && p.of[id].state != spareTaken {
+	if p.closed || p.most == 0 || p.of[id] != nil && p.of[id].state != spareTaken {
 		return
 	}
 	planned := len(p.wanted) > 0
@@ -142,7 +144,7 @@ func (p *spares) reserve(parent, id string) (old string) {
 	if p.of == nil {
 		p.of = map[string]*spare{}
 	}
-	if len(p.of) >= maxSpares {
+	if len(p.of) >= p.most {
 		oldest, of := (*spare)(nil), ""
 		for parent, i := range p.of {
 			if i.state == spareReady && (oldest == nil || i.since.Before(oldest.since)) {
@@ -230,10 +232,11 @@ func (p *spares) wait(ctx context.Context) error {
 	}
 }
 
-func (p *spares) isClosed() bool {
+// off says that no more are made.
+func (p *spares) off() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.closed
+	return p.closed || p.most == 0
 }
 
 // close has no more of them made. Those that are there are left to the next daemon.
@@ -253,12 +256,8 @@ func (s *snapshotter) wantSpare(ctx context.Context, id, name string) {
 	})
 }
 
-const (
-	// maxSpares is how many there are: those of the images that containers were made of last.
-	maxSpares = 256
-	// sparesAtOnce is how many are made at once.
-	sparesAtOnce = 16
-)
+// sparesAtOnce is how many are made at once.
+const sparesAtOnce = 16
 
 // makeSpares makes those that are wanted.
 func (s *snapshotter) makeSpares(ctx context.Context) {
@@ -357,7 +356,7 @@ func (s *snapshotter) settleSpare(parent, id string, ready bool) {
 
 // planSpare takes an id for the spare of a snapshot that is recorded in this transaction, if that will be made with its commit.
 func (s *snapshotter) planSpare(tx *bolt.Tx, of string) error {
-	if !s.hasty || !s.zfs.ClonesAtOnce() || s.spares.isClosed() {
+	if !s.hasty || !s.zfs.ClonesAtOnce() || s.spares.off() {
 		return nil
 	}
 	id, err := nextID(tx)

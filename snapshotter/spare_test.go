@@ -338,7 +338,7 @@ func TestSpareAtOnceCrash(t *testing.T) {
 
 // TestSpareWait: whoever waits for those that are being made waits for the last of them.
 func TestSpareWait(t *testing.T) {
-	var p spares
+	p := spares{most: 2}
 	due := func() <-chan struct{} { return make(chan struct{}) } // never
 	for _, id := range []string{"1", "2"} {
 		p.want(id, "name", due, nil)
@@ -362,9 +362,9 @@ func TestSpareWait(t *testing.T) {
 
 // TestSpareLimit: the oldest goes when there are too many.
 func TestSpareLimit(t *testing.T) {
-	var p spares
+	p := spares{most: 4}
 	var gone []string
-	for n := range maxSpares + 3 {
+	for n := range p.most + 3 {
 		if old := p.reserve(fmt.Sprint("p", n), fmt.Sprint(n)); old != "" {
 			gone = append(gone, old)
 		}
@@ -374,5 +374,30 @@ func TestSpareLimit(t *testing.T) {
 	}
 	if got := strings.Join(gone, " "); got != "0 2 3" {
 		t.Errorf("%s went", got)
+	}
+}
+
+// TestNoSpares: where nobody wants any, and a daemon before left one.
+func TestNoSpares(t *testing.T) {
+	for _, atOnce := range []bool{false, true} {
+		root := filepath.Join(t.TempDir(), "root")
+		z := &fake{datasets: map[string]zfs.Properties{}, atOnce: atOnce}
+		before := startWithSpares(t, z, root)
+		layerIn(t, before, "layer", "")
+		sparesMade(before)
+		if got := filesystemsOf(z); got != "1 2" {
+			t.Fatalf("with spares: %s", got)
+		}
+		if err := before.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s := startWithSpares(t, z, root, WithSpares(0))
+		clean(t, s)
+		layerIn(t, s, "top", "layer")
+		id := prepared(t, s, "root", "top")
+		sparesMade(s)
+		if got := filesystemsOf(z); got != "1 3 "+id {
+			t.Errorf("at once %v: %s are there, of a container %s", atOnce, got, id)
+		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
 	"github.com/containerd-pve/containerd-pve/lxc/pve/registry"
+	"github.com/containerd-pve/containerd-pve/snapshotter"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
 
@@ -35,6 +36,8 @@ type config struct {
 	Containerd string `toml:"containerd_address"`
 	// ZFS is the way to ZFS: auto, native or go-zfs.
 	ZFS string `toml:"zfs"`
+	// Spares is how many filesystems are made before they are asked for, at most; snapshotter.DefaultSpares if nil.
+	Spares *int `toml:"spares"`
 	// LogLevel is one of trace, debug, info, warn, error.
 	LogLevel string `toml:"log_level"`
 	// LogFormat is text or json.
@@ -95,7 +98,7 @@ func (c *config) parse(data []byte) error {
 		for _, e := range strict.Errors {
 			keys = append(keys, strings.Join(e.Key(), "."))
 		}
-		return fmt.Errorf("unknown key %s (known: dataset, root, address, containerd_address, zfs, log_level, log_format, metrics_address, proxmox_root, proxmox_database, registry_address, vmid_range, storage): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
+		return fmt.Errorf("unknown key %s (known: dataset, root, address, containerd_address, zfs, spares, log_level, log_format, metrics_address, proxmox_root, proxmox_database, registry_address, vmid_range, storage): %w", strings.Join(keys, ", "), errdefs.ErrInvalidArgument)
 	}
 	if err != nil {
 		return fmt.Errorf("%w: %w", err, errdefs.ErrInvalidArgument)
@@ -126,6 +129,10 @@ func (c *config) complete() error {
 	if c.ZFS == "" {
 		c.ZFS = zfs.Auto
 	}
+	if c.Spares == nil {
+		most := snapshotter.DefaultSpares
+		c.Spares = &most
+	}
 	if c.LogLevel == "" {
 		c.LogLevel = "info"
 	}
@@ -145,6 +152,9 @@ func (c *config) complete() error {
 	}
 	if !slices.Contains([]string{zfs.Auto, zfs.NativeOnly, zfs.GoZFS}, c.ZFS) {
 		return fmt.Errorf("zfs %q is none of %s, %s, %s: %w", c.ZFS, zfs.Auto, zfs.NativeOnly, zfs.GoZFS, errdefs.ErrInvalidArgument)
+	}
+	if *c.Spares < 0 {
+		return fmt.Errorf("spares %d is no number of filesystems (0 has none made before they are asked for): %w", *c.Spares, errdefs.ErrInvalidArgument)
 	}
 	if _, err := parseVMIDs(c.VMIDRange); err != nil {
 		return err

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+
+	"github.com/containerd-pve/containerd-pve/snapshotter"
 )
 
 func TestParseConfig(t *testing.T) {
@@ -64,7 +66,14 @@ func TestComplete(t *testing.T) {
 			t.Errorf("%+v: %v", c, err)
 		}
 	}
-	for _, bad := range []config{{}, {Dataset: "a@b"}, {Dataset: "/a"}, {Dataset: "a", Root: "x"}, {Dataset: "a", Address: "x"},
+	for given, want := range map[string]int{"": snapshotter.DefaultSpares, "spares = 0": 0, "spares = 3": 3} {
+		c := config{Dataset: "tank/x"}
+		if err := errors.Join(c.parse([]byte(given)), c.complete()); err != nil || *c.Spares != want {
+			t.Errorf("%q: %v, %v", given, c.Spares, err)
+		}
+	}
+	less := -1
+	for _, bad := range []config{{}, {Dataset: "a", Spares: &less}, {Dataset: "a@b"}, {Dataset: "/a"}, {Dataset: "a", Root: "x"}, {Dataset: "a", Address: "x"},
 		{Dataset: "a", ZFS: "lua"}, {Dataset: "a", LogFormat: "xml"}, {Dataset: "a", MetricsAddress: "localhost"}, {Dataset: "a", MetricsAddress: "metrics.sock"}} {
 		if err := bad.complete(); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%+v: %v", bad, err)

@@ -88,7 +88,7 @@ func serve(ctx context.Context, conf config) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, z.Close()) }()
-	s, err := snapshotter.New(ctx, z, conf.Root, conf.Dataset)
+	s, err := snapshotter.New(ctx, z, conf.Root, conf.Dataset, snapshotter.WithSpares(*conf.Spares))
 	if err != nil {
 		return err
 	}
