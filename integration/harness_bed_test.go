@@ -50,11 +50,9 @@ func bringUp() error {
 	if out, err := exec.Command("stack", "up", "--pull").CombinedOutput(); err != nil {
 		return fmt.Errorf("stack up: %w\n%s", err, out)
 	}
-	for _, s := range []string{zfs, "overlayfs"} {
-		for _, i := range []string{busybox, debian} {
-			if out, err := exec.Command("ctr", "images", "pull", "--plain-http", "--snapshotter", s, i).CombinedOutput(); err != nil {
-				return fmt.Errorf("pull %s for %s: %w\n%s", i, s, err, out)
-			}
+	for _, i := range []string{busybox, debian} {
+		if out, err := exec.Command("ctr", "images", "pull", "--plain-http", "--snapshotter", zfs, i).CombinedOutput(); err != nil {
+			return fmt.Errorf("pull %s: %w\n%s", i, err, out)
 		}
 	}
 	return nil
@@ -138,6 +136,12 @@ func create(t *testing.T, o options) (*box, error) {
 	image, err := b.client.GetImage(b.ctx, o.image)
 	if err != nil {
 		t.Fatal(err)
+	}
+	// For other snapshotters nothing is unpacked before a test asks.
+	if unpacked, err := image.IsUnpacked(b.ctx, o.snapshotter); err != nil {
+		t.Fatal(err)
+	} else if !unpacked {
+		must(t, image.Unpack(b.ctx, o.snapshotter))
 	}
 	opts := []oci.SpecOpts{oci.WithImageConfig(image)}
 	if len(o.args) > 0 {

@@ -610,13 +610,13 @@ func TestVersions(t *testing.T) {
 			if out, _ := ctr("version"); !regexp.MustCompile(`Version: +v?` + regexp.QuoteMeta(version)).MatchString(out) {
 				t.Fatalf("another containerd answers: %s", out)
 			}
-			if out, code := ctr("images", "pull", "--plain-http", "--snapshotter", zfs, debian); code != 0 {
+			if out, code := ctr("images", "pull", "--plain-http", "--snapshotter", zfs, busybox); code != 0 {
 				t.Fatal(out)
 			}
-			if out, code := ctr("run", "--rm", "--runtime", ours, "--snapshotter", zfs, debian, "old1", "sh", "-c", "echo old; exit 3"); code != 3 || out != "old\n" {
+			if out, code := ctr("run", "--rm", "--runtime", ours, "--snapshotter", zfs, busybox, "old1", "sh", "-c", "echo old; exit 3"); code != 3 || out != "old\n" {
 				t.Errorf("status %d, %q", code, out)
 			}
-			if out, code := ctr("run", "-d", "--runtime", ours, "--snapshotter", zfs, debian, "old2", "sleep", "1000"); code != 0 {
+			if out, code := ctr("run", "-d", "--runtime", ours, "--snapshotter", zfs, busybox, "old2", "sleep", "1000"); code != 0 {
 				t.Fatal(out)
 			}
 			if out, code := ctr("task", "exec", "--exec-id", "e", "old2", "sh", "-c", "echo in; exit 4"); code != 4 || out != "in\n" {
