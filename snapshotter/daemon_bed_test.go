@@ -49,7 +49,6 @@ func TestMain(m *testing.M) {
 // it serves.
 func serveTest(args []string) error {
 	root, dataset, way, socket := args[0], args[1], args[2], args[3]
-	completeDelay /= 5 // a test looks at what there is after each of hundreds of kills
 	if err := log.SetLevel("warn"); err != nil {
 		return err
 	}

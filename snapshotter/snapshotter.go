@@ -54,14 +54,13 @@ const (
 	committed = "@snapshot"
 
 	retryInterval = 5 * time.Minute
+	// completeDelay is how long what a filesystem lacks of its description may wait: the pool is written for it, which
+	// whoever mounts the filesystem just made, or commits it, would wait for.
+	completeDelay = time.Second
 	// listRest is how many times longer than it took all datasets are not listed again: with many of them it would
 	// keep a processor busy for no good.
 	listRest = 20
 )
-
-// completeDelay is how long what a filesystem lacks of its description may wait: the pool is written for it, which
-// whoever mounts the filesystem just made, or commits it, would wait for. Only tests change it.
-var completeDelay = time.Second
 
 type snapshotter struct {
 	zfs     zfs.ZFS
