@@ -137,9 +137,9 @@ func openDevice() (*device, error) {
 }
 
 // call makes one ioctl. A source goes with it as a packed list; the result is
-// unpacked if the kernel gave one, also with an error. ctx is looked at before:
+// unpacked if the kernel gave one, also with an error, or what it has of the names, if some are given. ctx is looked at before:
 // what the kernel has begun it ends.
-func (d *device) call(ctx context.Context, r request, c *command, source nvlist.List, wantResult bool) (nvlist.List, error) {
+func (d *device) call(ctx context.Context, r request, c *command, source nvlist.List, wantResult bool, names ...string) (nvlist.List, error) {
 	var packed []byte
 	if source != nil {
 		var err error
@@ -175,7 +175,7 @@ func (d *device) call(ctx context.Context, r request, c *command, source nvlist.
 		var list nvlist.List
 		if wantResult && c.get32(offFilled) != 0 {
 			var err error
-			if list, err = nvlist.Decode(result[:min(uint64(size), c.get64(offResultLen))]); err != nil {
+			if list, err = nvlist.Decode(result[:min(uint64(size), c.get64(offResultLen))], names...); err != nil {
 				return nil, errors.Join(fmt.Errorf("the answer of ioctl %#x: %w: %w", uint(r), err, errdefs.ErrInternal), errnoOrNil(errno))
 			}
 		}

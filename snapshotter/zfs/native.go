@@ -159,7 +159,7 @@ func (n *Native) Snapshots(ctx context.Context, names []string, p Properties) er
 func (n *Native) Destroy(ctx context.Context, name string) error {
 	if strings.Contains(name, "@") {
 		// The set call takes a snapshot that is not there for one that is gone.
-		if _, err := n.Stat(ctx, name); err != nil {
+		if err := n.exists(ctx, name); err != nil {
 			return err
 		}
 		return n.DestroySnapshots(ctx, []string{name}, false)
@@ -356,13 +356,23 @@ func described(c *command, properties nvlist.List) *Dataset {
 	}
 }
 
-// Stat looks at one dataset, with its properties.
-func (n *Native) Stat(ctx context.Context, name string) (*Dataset, error) {
+// Stat looks at one dataset, with its properties, or with those alone that are named.
+func (n *Native) Stat(ctx context.Context, name string, properties ...string) (*Dataset, error) {
+	return n.stat(ctx, name, true, properties)
+}
+
+// exists answers NotFound for a dataset that is not there. Its properties are not asked for.
+func (n *Native) exists(ctx context.Context, name string) error {
+	_, err := n.stat(ctx, name, false, nil)
+	return err
+}
+
+func (n *Native) stat(ctx context.Context, name string, withProperties bool, properties []string) (*Dataset, error) {
 	var c command
 	if err := c.setText(offName, nameSize, name); err != nil {
 		return nil, err
 	}
-	list, err := n.device.call(ctx, reqObjsetStats, &c, nil, true)
+	list, err := n.device.call(ctx, reqObjsetStats, &c, nil, withProperties, properties...)
 	if err != nil {
 		return nil, failure("stat", name, err)
 	}
@@ -371,7 +381,7 @@ func (n *Native) Stat(ctx context.Context, name string) (*Dataset, error) {
 
 // Property is the value of a property, or Unset.
 func (n *Native) Property(ctx context.Context, name, property string) (string, error) {
-	d, err := n.Stat(ctx, name)
+	d, err := n.Stat(ctx, name, property)
 	if err != nil {
 		return "", err
 	}
@@ -380,7 +390,7 @@ func (n *Native) Property(ctx context.Context, name, property string) (string, e
 
 // Space is what a filesystem or snapshot takes.
 func (n *Native) Space(ctx context.Context, name string) (Space, error) {
-	d, err := n.Stat(ctx, name)
+	d, err := n.Stat(ctx, name, "used", "referenced", "objsetid")
 	if err != nil {
 		return Space{}, err
 	}
@@ -445,8 +455,7 @@ func (n *Native) list(ctx context.Context, r request, parent string, withPropert
 		if errors.Is(err, unix.ESRCH) {
 			if first {
 				// The end, or no such parent: the module says the same.
-				_, err := n.Stat(ctx, parent)
-				return err
+				return n.exists(ctx, parent)
 			}
 			return nil
 		}
@@ -513,7 +522,7 @@ func (n *Native) Receive(ctx context.Context, snapshot, origin string, from *os.
 	if !ok {
 		return fmt.Errorf("receive %s: it is no snapshot's name: %w", snapshot, errdefs.ErrInvalidArgument)
 	}
-	if _, err := n.Stat(ctx, dataset); errdefs.IsNotFound(err) {
+	if err := n.exists(ctx, dataset); errdefs.IsNotFound(err) {
 		i := strings.LastIndex(dataset, "/")
 		if i < 0 {
 			return err

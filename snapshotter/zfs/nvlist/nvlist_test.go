@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"reflect"
+	"strconv"
 	"strings"
 	"testing"
 )
@@ -29,6 +30,49 @@ func TestRoundTrip(t *testing.T) {
 	}
 	if !reflect.DeepEqual(got, everything) {
 		t.Errorf("%v, want %v", got, everything)
+	}
+}
+
+func TestDecodeNames(t *testing.T) {
+	b, err := Encode(everything)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range everything {
+		got, err := Decode(b, name, "not there", "lis")
+		if err != nil || !reflect.DeepEqual(got, List{name: want}) {
+			t.Errorf("%q: %v, %v; want %v", name, got, err, want)
+		}
+	}
+	if got, err := Decode(b, "list", "u64"); err != nil || len(got) != 2 {
+		t.Errorf("two names: %v, %v", got, err)
+	}
+	for n := range b {
+		if l, err := Decode(b[:n], "not there"); !errors.Is(err, ErrCorrupt) {
+			t.Fatalf("the first %d of %d bytes: %v, %v", n, len(b), l, err)
+		}
+	}
+}
+
+// BenchmarkDecode is of a list as long as a filesystem's properties.
+func BenchmarkDecode(b *testing.B) {
+	all := List{}
+	for i := range 70 {
+		all["property"+strconv.Itoa(i)] = List{"value": uint64(i), "source": "tank/containerd-pve"}
+	}
+	packed, err := Encode(all)
+	if err != nil {
+		b.Fatal(err)
+	}
+	for name, names := range map[string][]string{"all": nil, "three": {"property1", "property30", "property69"}} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := Decode(packed, names...); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
 	}
 }
 
@@ -104,6 +148,11 @@ func FuzzDecode(f *testing.F) {
 				t.Fatal(err)
 			}
 			return
+		}
+		for name, value := range l {
+			if some, err := Decode(b, name); err != nil || !reflect.DeepEqual(some, List{name: value}) {
+				t.Fatalf("%q alone is %v, %v; with the others %v", name, some, err, value)
+			}
 		}
 		again, err := Encode(l)
 		if err != nil {
