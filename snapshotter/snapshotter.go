@@ -347,6 +347,9 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 		}
 	}
 	layer := kind == snapshots.KindActive && info.Labels[snapshots.LabelSnapshotRef] != "" // one will be unpacked into it
+	if layer {
+		s.spares.unwant(from) // before ZFS is waited for, which may take longer than a spare is put off
+	}
 	sn, err := s.record(ctx, kind, key, parent, of, spare, layer, opts)
 	if spare != "" {
 		s.settleSpare(from, spare, err != nil)
@@ -382,7 +385,6 @@ func (s *snapshotter) create(ctx context.Context, kind snapshots.Kind, key, pare
 	}
 	if layer {
 		s.keeps.begin(ctx, sn.ID, s.name(sn.ID))
-		s.spares.unwant(from)
 	} else if from != "" {
 		s.wantSpare(ctx, from, parent)
 	}

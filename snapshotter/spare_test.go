@@ -121,6 +121,22 @@ func TestSpare(t *testing.T) {
 	}
 }
 
+// TestLayerWithoutSpare: of a layer no spare is made while ZFS makes the one above it, however long that takes.
+func TestLayerWithoutSpare(t *testing.T) {
+	var s Store
+	z := &fake{datasets: map[string]zfs.Properties{}, creating: func(name string) {
+		if name == parent+"/2" {
+			sparesMade(s)
+		}
+	}}
+	s = startWithSpares(t, z, filepath.Join(t.TempDir(), "root"))
+	layerIn(t, s, "bottom", "")
+	layerIn(t, s, "top", "bottom")
+	if got := filesystemsOf(z); got != "1 2" {
+		t.Errorf("%s are there", got)
+	}
+}
+
 // TestSpareLost: a spare that somebody destroyed, promoted or renamed is given to nobody.
 func TestSpareLost(t *testing.T) {
 	for name, change := range map[string]func(z *fake){
