@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strconv"
@@ -332,64 +333,111 @@ func Saved(c *build.Cache, bed *build.Bed, accel, init string) (*build.Stage, er
 
 func save(ctx context.Context, c *build.Cache, bed *build.Bed, accel, init, out string) error {
 	tools, disk := c.Path(bed.Tools), c.Path(bed.Disk)
-	root, data := filepath.Join(out, "root.qcow2"), filepath.Join(out, "data.qcow2")
-	for _, args := range [][]string{
-		{"create", "-q", "-f", "qcow2", "-F", "raw", "-b", filepath.Join(disk, "root.img"), root},
-		{"create", "-q", "-f", "qcow2", data, "8G"},
-	} {
-		if b, err := build.Tool(ctx, tools, "qemu-img", args...).CombinedOutput(); err != nil {
-			return fmt.Errorf("qemu-img: %w: %s", err, b)
-		}
+	if err := overlay(ctx, tools, filepath.Join(out, rootFile), filepath.Join(disk, "root.img"), "raw"); err != nil {
+		return err
 	}
-	run := filepath.Join(out, "run")
-	m, err := Start(ctx, Options{Dir: run, Tools: tools, Disk: disk, Accel: accel, Init: init,
-		Drives: []Drive{{root, "qcow2", true}, {data, "qcow2", true}},
-		RAM:    filepath.Join(out, "ram"), KeepRAM: true})
+	if err := diskImage(ctx, tools, "-f", "qcow2", filepath.Join(out, dataFile), "8G"); err != nil {
+		return err
+	}
+	return freeze(ctx, Options{Tools: tools, Disk: disk, Accel: accel, Init: init}, out, func(ctx context.Context, m *Machine) error {
+		var output bytes.Buffer
+		code, err := m.Client.Run(ctx, agent.Command{Argv: []string{"bed-prepare"}, Dir: "/", Stdout: &output, Stderr: &output})
+		if err == nil && code != 0 {
+			err = fmt.Errorf("status %d", code)
+		}
+		if err != nil {
+			err = fmt.Errorf("bed-prepare: %w\n%s", err, output.String())
+		}
+		return err
+	})
+}
+
+// What a directory with a guest that was stopped holds.
+const (
+	rootFile  = "root.qcow2"
+	dataFile  = "data.qcow2"
+	ramFile   = "ram"
+	stateFile = "state"
+)
+
+// diskImage makes one.
+func diskImage(ctx context.Context, tools string, args ...string) error {
+	if b, err := build.Tool(ctx, tools, "qemu-img", append([]string{"create", "-q"}, args...)...).CombinedOutput(); err != nil {
+		return fmt.Errorf("qemu-img: %w: %s", err, b)
+	}
+	return nil
+}
+
+// overlay is a disk that begins as another is.
+func overlay(ctx context.Context, tools, file, of, format string) error {
+	return diskImage(ctx, tools, "-f", "qcow2", "-F", format, "-b", of, file)
+}
+
+// freeze starts a guest with the disks that are in the directory out, and the memory and the devices' state if it is one to
+// go on, has it prepared, and stops it for good, all of it in out.
+func freeze(ctx context.Context, o Options, out string, prepare func(context.Context, *Machine) error) error {
+	o.Dir = filepath.Join(out, "run")
+	o.Drives = []Drive{{filepath.Join(out, rootFile), "qcow2", true}, {filepath.Join(out, dataFile), "qcow2", true}}
+	o.RAM, o.KeepRAM = filepath.Join(out, ramFile), true
+	m, err := Start(ctx, o)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = m.Kill() }() // it has ended by itself unless something failed before
 	limited, cancel := context.WithTimeout(ctx, 10*time.Minute)
 	defer cancel()
-	var output bytes.Buffer
 	err = m.Client.Wait(limited)
 	if err == nil {
 		err = m.Client.Resumed(limited)
 	}
 	if err == nil {
-		var code int
-		code, err = m.Client.Run(limited, agent.Command{Argv: []string{"bed-prepare"}, Dir: "/", Stdout: &output, Stderr: &output})
-		if err == nil && code != 0 {
-			err = fmt.Errorf("bed-prepare: status %d", code)
-		}
+		err = prepare(limited, m)
 	}
 	var q *qmp
 	if err == nil {
 		q, err = m.monitor(limited)
 	}
 	if err == nil {
-		err = q.save(limited, filepath.Join(out, "state"))
+		err = q.save(limited, filepath.Join(out, stateFile))
 		q.conn.Close()
 	}
 	if err != nil {
-		return fmt.Errorf("%w\n%s\nthe guest's console:\n%s", err, output.String(), m.Console())
+		return fmt.Errorf("%w\nthe guest's console:\n%s", err, m.Console())
 	}
 	select {
 	case <-m.dead:
 	case <-limited.Done():
 		return context.Cause(limited)
 	}
-	return os.RemoveAll(run)
+	return os.RemoveAll(o.Dir)
 }
 
-// Restore starts a guest from the saved stage and waits until it answers.
-func Restore(ctx context.Context, c *build.Cache, bed *build.Bed, saved *build.Stage, accel, dir string, outlive bool) (*Machine, error) {
+// Prepare has a guest that goes on from the directory from prepared, and leaves it stopped in the directory out, which it
+// makes. From there it goes on as often as one likes.
+func Prepare(ctx context.Context, c *build.Cache, bed *build.Bed, from, accel, out string, prepare func(context.Context, *Machine) error) error {
+	if err := os.Mkdir(out, 0o700); err != nil {
+		return err
+	}
+	tools := c.Path(bed.Tools)
+	for _, disk := range []string{rootFile, dataFile} {
+		if err := overlay(ctx, tools, filepath.Join(out, disk), filepath.Join(from, disk), "qcow2"); err != nil {
+			return err
+		}
+	}
+	// Most of it is holes.
+	if b, err := exec.CommandContext(ctx, "cp", "--reflink=auto", filepath.Join(from, ramFile), filepath.Join(out, ramFile)).CombinedOutput(); err != nil {
+		return fmt.Errorf("cp: %w: %s", err, b)
+	}
+	return freeze(ctx, Options{Tools: tools, Disk: c.Path(bed.Disk), Accel: accel, State: filepath.Join(from, stateFile)}, out, prepare)
+}
+
+// Restore starts a guest that goes on from the directory from, a saved stage's or one of Prepare, and waits until it answers.
+func Restore(ctx context.Context, c *build.Cache, bed *build.Bed, from, accel, dir string, outlive bool) (*Machine, error) {
 	c.Ready(bed.Tools)
 	c.Ready(bed.Disk)
-	from := c.Path(saved)
 	m, err := Start(ctx, Options{Dir: dir, Tools: c.Path(bed.Tools), Disk: c.Path(bed.Disk), Accel: accel, Outlive: outlive,
-		Drives: []Drive{{File: filepath.Join(from, "root.qcow2"), Format: "qcow2"}, {File: filepath.Join(from, "data.qcow2"), Format: "qcow2"}},
-		RAM:    filepath.Join(from, "ram"), State: filepath.Join(from, "state")})
+		Drives: []Drive{{File: filepath.Join(from, rootFile), Format: "qcow2"}, {File: filepath.Join(from, dataFile), Format: "qcow2"}},
+		RAM:    filepath.Join(from, ramFile), State: filepath.Join(from, stateFile)})
 	if err != nil {
 		return nil, err
 	}

@@ -141,7 +141,7 @@ func (b *bed) suite(ctx context.Context, programs []string, way, pattern, name s
 	if err != nil {
 		return nil, "", err
 	}
-	m, err := machine.Restore(ctx, b.cache, b.parts, saved, b.accel, dir, false)
+	m, err := machine.Restore(ctx, b.cache, b.parts, b.cache.Path(saved), b.accel, dir, false)
 	if err != nil {
 		return nil, "", err
 	}

@@ -51,7 +51,7 @@ func (b *bed) stressReset(ctx context.Context, args []string) error {
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("go build ./integration/stress/agree: %w\n%s", err, out)
 	}
-	m, err := machine.Restore(ctx, b.cache, b.parts, saved, b.accel, filepath.Join(dir, "run"), false)
+	m, err := machine.Restore(ctx, b.cache, b.parts, b.cache.Path(saved), b.accel, filepath.Join(dir, "run"), false)
 	if err != nil {
 		return err
 	}

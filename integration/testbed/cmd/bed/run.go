@@ -113,7 +113,7 @@ func (b *bed) guest(ctx context.Context) (*machine.Machine, error) {
 		ok = false
 	}
 	if !ok {
-		m, err = machine.Restore(ctx, b.cache, b.parts, saved, b.accel, b.runDir(), true)
+		m, err = machine.Restore(ctx, b.cache, b.parts, b.cache.Path(saved), b.accel, b.runDir(), true)
 		if err != nil {
 			return nil, err
 		}

@@ -38,6 +38,8 @@ type testPackage struct {
 	made   string // directory of what bed.make made; empty without one
 	err    error  // why there is no binary
 	failed atomic.Bool
+	begun  sync.Once // ready
+	unmade error     // why there is no state to begin with
 }
 
 func (b *bed) test(ctx context.Context, args []string) error {
@@ -348,32 +350,31 @@ func (r *testRun) testInGuest(ctx context.Context, p *job, dir string) (bool, er
 	if err != nil {
 		return false, err
 	}
-	m, err := machine.Restore(ctx, b.cache, b.parts, saved, b.accel, dir, false)
+	from, put := b.cache.Path(saved), r.files(p.testPackage)
+	if p.of > 1 {
+		if from, err = r.ready(ctx, p.testPackage, from); err != nil {
+			return false, err
+		}
+		put = nil
+	}
+	m, err := machine.Restore(ctx, b.cache, b.parts, from, b.accel, dir, false)
 	if err != nil {
 		return false, err
 	}
 	defer func() { _ = m.Kill() }() // its directory is emptied before the next one starts
-	work := "/work/" + p.ImportPath
-	put := toGuest(r.programs)
-	maps.Copy(put, r.more)
-	put[work+"/bed.test"] = p.binary
-	if data := filepath.Join(p.Dir, "testdata"); exists(data) {
-		put[work+"/testdata"] = data
-	}
-	if p.made != "" {
-		put[work+"/made"] = p.made
-	}
 	limited, cancel, err := limit(ctx, perPackage)
 	if err != nil {
 		return false, err
 	}
 	defer cancel()
-	if err := m.Client.Put(limited, put); err != nil {
-		return false, err
+	if len(put) > 0 {
+		if err := m.Client.Put(limited, put); err != nil {
+			return false, err
+		}
 	}
 	deadline, _ := limited.Deadline()
-	code, err := m.Client.Run(limited, agent.Command{Argv: p.argv("./bed.test", time.Until(deadline)), Dir: work,
-		Env: []string{"TESTBED=1", "TESTBED_POOL=tank"}, Stdout: p.out, Stderr: p.out})
+	code, err := m.Client.Run(limited, agent.Command{Argv: p.argv("./bed.test", time.Until(deadline)), Dir: p.work(),
+		Env: guestEnv, Stdout: p.out, Stderr: p.out})
 	if ctx.Err() != nil {
 		return false, context.Cause(ctx)
 	}
@@ -383,6 +384,53 @@ func (r *testRun) testInGuest(ctx context.Context, p *job, dir string) (bool, er
 	collecting, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	return code == 0, b.keep(collecting, p, m, true)
+}
+
+// guestEnv is what tests find in their environment.
+var guestEnv = []string{"TESTBED=1", "TESTBED_POOL=tank"}
+
+// work is the package's directory in a guest.
+func (p *testPackage) work() string { return "/work/" + p.ImportPath }
+
+// files are what a guest for the package gets, by the path there.
+func (r *testRun) files(p *testPackage) map[string]string {
+	put := toGuest(r.programs)
+	maps.Copy(put, r.more)
+	put[p.work()+"/bed.test"] = p.binary
+	if data := filepath.Join(p.Dir, "testdata"); exists(data) {
+		put[p.work()+"/testdata"] = data
+	}
+	if p.made != "" {
+		put[p.work()+"/made"] = p.made
+	}
+	return put
+}
+
+// ready is the directory with the guest that each part of the package begins with, made once: it has the files, and the
+// package's TestMain was called with TESTBED_READY, which says that what it sets up stays.
+func (r *testRun) ready(ctx context.Context, p *testPackage, from string) (string, error) {
+	dir := p.binary + ".ready"
+	p.begun.Do(func() {
+		p.unmade = machine.Prepare(ctx, r.b.cache, r.b.parts, from, r.b.accel, dir, func(ctx context.Context, m *machine.Machine) error {
+			if err := m.Client.Put(ctx, r.files(p)); err != nil {
+				return err
+			}
+			var out bytes.Buffer
+			code, err := m.Client.Run(ctx, agent.Command{Argv: []string{"./bed.test", "-test.run=^$"}, Dir: p.work(),
+				Env: append(slices.Clone(guestEnv), "TESTBED_READY=1"), Stdout: &out, Stderr: &out})
+			if err == nil && code != 0 {
+				err = fmt.Errorf("status %d", code)
+			}
+			if err != nil {
+				err = fmt.Errorf("%w\n%s", err, out.String())
+			}
+			return err
+		})
+		if p.unmade != nil {
+			p.unmade = fmt.Errorf("setting up the guest of %s: %w", p.ImportPath, p.unmade)
+		}
+	})
+	return dir, p.unmade
 }
 
 // keep saves what helps to understand a run: console, daemons' logs, core files. A guest that hangs is not asked.
