@@ -181,8 +181,12 @@ func TestNative(t *testing.T) {
 	must(n.DestroyBookmarks(ctx, []string{b + "#mark"}))
 	is("", "list", "-Ht", "bookmark", "-o", "name", "-r", b)
 
-	if names, err := n.Children(ctx, pool); err != nil || !slices.Equal(slices.Sorted(slices.Values(names)), []string{b, c, pool + "/copy", pool + "/z"}) {
-		t.Errorf("children %v, %v", names, err)
+	calls := n.Calls()
+	if names, err := n.Children(ctx, pool); err != nil || n.Calls() != calls+1 || !slices.Equal(slices.Sorted(slices.Values(names)), []string{b, c, pool + "/copy", pool + "/z"}) {
+		t.Errorf("children %v, %v, with %d ioctls", names, err, n.Calls()-calls)
+	}
+	if names, err := n.Children(ctx, pool+"/copy"); err != nil || len(names) != 0 {
+		t.Errorf("children of one that has none: %v, %v", names, err)
 	}
 	if names, err := n.SnapshotsOf(ctx, b); err != nil || !slices.Equal(slices.Sorted(slices.Values(names)), []string{b + "@2", b + "@3"}) {
 		t.Errorf("snapshots %v, %v", names, err)

@@ -72,7 +72,7 @@ type ZFS interface {
 	// is mounted: one that is not could not be mounted meanwhile. NotImplemented:
 	// there is no way to know.
 	Objects(ctx context.Context, name string) (int64, error)
-	// Children are the names of the filesystems directly below parent, in no order.
+	// Children are the names of the filesystems directly below parent, in no order. Those of volumes may be among them.
 	Children(ctx context.Context, parent string) ([]string, error)
 	// Taken are the snapshots of a filesystem, oldest first, with those of the
 	// properties that each has itself.
