@@ -312,10 +312,7 @@ func Accel(ctx context.Context, c *build.Cache, bed *build.Bed) (string, error) 
 
 // Saved is the stage that holds a booted and prepared guest; init is as in Options.
 func Saved(c *build.Cache, bed *build.Bed, accel, init string) (*build.Stage, error) {
-	params := map[string]string{"ACCEL": accel, "MEMORY": memory, "PROCESSORS": processors, "FORM": "1", "INIT": init}
-	if accel == "tcg" {
-		params["CPU"] = emulated
-	}
+	params := map[string]string{"ACCEL": accel, "MEMORY": memory, "PROCESSORS": processors, "FORM": "1", "INIT": init, "CPU": emulated}
 	if accel == "kvm" { // the guest has seen this host's processor
 		b, err := os.ReadFile("/proc/cpuinfo")
 		if err != nil {

@@ -124,7 +124,7 @@ func (b *bed) guest(ctx context.Context) (*machine.Machine, error) {
 	defer cancel()
 	if info.Binaries != hash {
 		if info.Stack {
-			if err := inGuest(limited, m, "stack", "down"); err != nil {
+			if err := inGuest(limited, m, agent.Command{Argv: []string{"stack", "down"}, Dir: "/"}); err != nil {
 				return nil, err
 			}
 			info.Stack = false
@@ -136,7 +136,7 @@ func (b *bed) guest(ctx context.Context) (*machine.Machine, error) {
 	}
 	var stackErr error
 	if stack {
-		stackErr = inGuest(limited, m, "stack", "up", "--pull")
+		stackErr = inGuest(limited, m, agent.Command{Argv: []string{"stack", "up", "--pull"}, Dir: "/"})
 		info.Stack = true
 	}
 	data, err := json.Marshal(info)
@@ -150,14 +150,15 @@ func (b *bed) guest(ctx context.Context) (*machine.Machine, error) {
 }
 
 // inGuest runs a step of the preparation; what it said counts only if it failed.
-func inGuest(ctx context.Context, m *machine.Machine, argv ...string) error {
+func inGuest(ctx context.Context, m *machine.Machine, c agent.Command) error {
 	var out strings.Builder
-	code, err := m.Client.Run(ctx, agent.Command{Argv: argv, Dir: "/", Stdout: &out, Stderr: &out})
+	c.Stdout, c.Stderr = &out, &out
+	code, err := m.Client.Run(ctx, c)
 	if err == nil && code != 0 {
 		err = fmt.Errorf("status %d", code)
 	}
 	if err != nil {
-		return fmt.Errorf("%s in the guest: %w\n%s%s", strings.Join(argv, " "), err, out.String(), consoleNote(ctx, m))
+		return fmt.Errorf("%s in the guest: %w\n%s%s", strings.Join(c.Argv, " "), err, out.String(), consoleNote(ctx, m))
 	}
 	return nil
 }

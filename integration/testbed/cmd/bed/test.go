@@ -350,12 +350,11 @@ func (r *testRun) testInGuest(ctx context.Context, p *job, dir string) (bool, er
 	if err != nil {
 		return false, err
 	}
-	from, put := b.cache.Path(saved), r.files(p.testPackage)
+	from := b.cache.Path(saved)
 	if p.of > 1 {
 		if from, err = r.ready(ctx, p.testPackage, from); err != nil {
 			return false, err
 		}
-		put = nil
 	}
 	m, err := machine.Restore(ctx, b.cache, b.parts, from, b.accel, dir, false)
 	if err != nil {
@@ -367,8 +366,8 @@ func (r *testRun) testInGuest(ctx context.Context, p *job, dir string) (bool, er
 		return false, err
 	}
 	defer cancel()
-	if len(put) > 0 {
-		if err := m.Client.Put(limited, put); err != nil {
+	if p.of == 1 {
+		if err := m.Client.Put(limited, r.files(p.testPackage)); err != nil {
 			return false, err
 		}
 	}
@@ -415,16 +414,8 @@ func (r *testRun) ready(ctx context.Context, p *testPackage, from string) (strin
 			if err := m.Client.Put(ctx, r.files(p)); err != nil {
 				return err
 			}
-			var out bytes.Buffer
-			code, err := m.Client.Run(ctx, agent.Command{Argv: []string{"./bed.test", "-test.run=^$"}, Dir: p.work(),
-				Env: append(slices.Clone(guestEnv), "TESTBED_READY=1"), Stdout: &out, Stderr: &out})
-			if err == nil && code != 0 {
-				err = fmt.Errorf("status %d", code)
-			}
-			if err != nil {
-				err = fmt.Errorf("%w\n%s", err, out.String())
-			}
-			return err
+			return inGuest(ctx, m, agent.Command{Argv: []string{"./bed.test", "-test.run=^$"}, Dir: p.work(),
+				Env: append(slices.Clone(guestEnv), "TESTBED_READY=1")})
 		})
 		if p.unmade != nil {
 			p.unmade = fmt.Errorf("setting up the guest of %s: %w", p.ImportPath, p.unmade)
