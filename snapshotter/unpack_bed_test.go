@@ -5,11 +5,13 @@ package snapshotter
 import (
 	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"crypto/sha256"
 	_ "embed"
 	"encoding/binary"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,21 +21,26 @@ import (
 	"testing"
 	"time"
 
+	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/diff"
-	"github.com/containerd/containerd/v2/core/diff/apply"
+	containerds "github.com/containerd/containerd/v2/core/diff/apply"
 	"github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/containerd/v2/plugins/diff/walking"
+	"github.com/containerd/containerd/v2/plugins/services/content/contentserver"
 	"github.com/containerd/continuity/sysx"
 	"github.com/google/go-cmp/cmp"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	bolt "go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/containerd-pve/containerd-pve/snapshotter/apply"
 	"github.com/containerd-pve/containerd-pve/snapshotter/compare"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
 )
@@ -227,29 +234,40 @@ func tree(t *testing.T, dir string) string {
 	return out.String()
 }
 
-// TestUnpack has containerd unpack layers with all that a layer may hold, on a
+// TestUnpack unpacks layers with all that a layer may hold, by our differ and by containerd's own, on a
 // pool whose properties are what the guides for a root on ZFS say and worse:
-// what of them matters to a layer is ours to set. What it exports as the
+// what of them matters to a layer is ours to set. What is exported as the
 // difference of two snapshots makes the second of the first.
 func TestUnpack(t *testing.T) {
-	for _, way := range []string{zfs.NativeOnly, zfs.GoZFS} {
-		t.Run(way, func(t *testing.T) {
+	for _, c := range []struct {
+		way  string
+		ours bool
+	}{{zfs.NativeOnly, true}, {zfs.NativeOnly, false}, {zfs.GoZFS, true}} {
+		by := "containerd"
+		if c.ours {
+			by = "ours"
+		}
+		t.Run(c.way+"/"+by, func(t *testing.T) {
 			pool, dir := makePoolOf(t, 1<<30, "-O", "normalization=formD", "-O", "casesensitivity=insensitive",
 				"-O", "acltype=off", "-O", "xattr=off", "-O", "compression=on")
 			// The administrator's own dataset, with what it inherits.
 			command(t, "zfs", "create", pool+"/made")
-			unpackAll(t, way, pool+"/made", dir)
+			unpackAll(t, c.way, pool+"/made", dir, c.ours)
 		})
 	}
 }
 
-func unpackAll(t *testing.T, way, dataset, dir string) {
+func unpackAll(t *testing.T, way, dataset, dir string, ours bool) {
 	s, z := openStore(t, way, dataset), open(t, way)
 	ctx := namespaces.WithNamespace(t.Context(), "test")
 	db := contentDB(t, dir)
 	store := db.ContentStore()
-	applier := apply.NewFileSystemApplier(store)
+	applier := containerds.NewFileSystemApplier(store)
+	if ours {
+		applier = apply.New(s.Owns, contentClient(t, store))
+	}
 	parent, number := "", 0
+	plain := map[digest.Digest][]byte{} // of the layers that are packed here
 	unpack := func(d ocispec.Descriptor) {
 		t.Helper()
 		number++
@@ -258,8 +276,14 @@ func unpackAll(t *testing.T, way, dataset, dir string) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := applier.Apply(ctx, d, mounts); err != nil {
+		applied, err := applier.Apply(ctx, d, mounts)
+		if err != nil {
 			t.Fatal(err)
+		}
+		if want := plain[d.Digest]; want != nil {
+			if applied.MediaType != ocispec.MediaTypeImageLayer || applied.Size != int64(len(want)) || applied.Digest != digest.FromBytes(want) {
+				t.Errorf("%s: %+v was unpacked, not %d bytes, %s", name, applied, len(want), digest.FromBytes(want))
+			}
 		}
 		if err := s.Commit(ctx, name, key); err != nil {
 			t.Fatal(err)
@@ -268,10 +292,19 @@ func unpackAll(t *testing.T, way, dataset, dir string) {
 	}
 	layerOf := func(blob []byte) ocispec.Descriptor {
 		t.Helper()
-		d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayer, Digest: digest.FromBytes(blob), Size: int64(len(blob))}
-		if err := content.WriteBlob(ctx, store, d.Digest.String(), bytes.NewReader(blob), d); err != nil {
+		var packed bytes.Buffer
+		z := gzip.NewWriter(&packed)
+		if _, err := z.Write(blob); err != nil {
 			t.Fatal(err)
 		}
+		if err := z.Close(); err != nil {
+			t.Fatal(err)
+		}
+		d := ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: digest.FromBytes(packed.Bytes()), Size: int64(packed.Len())}
+		if err := content.WriteBlob(ctx, store, d.Digest.String(), &packed, d); err != nil {
+			t.Fatal(err)
+		}
+		plain[d.Digest] = blob
 		return d
 	}
 	for _, l := range unpackLayers(t) {
@@ -324,6 +357,18 @@ func unpackAll(t *testing.T, way, dataset, dir string) {
 			t.Errorf("the difference exported by %s makes this (-), not what it was made of (+):\n%s", by.name, cmp.Diff(strings.Split(got, "\n"), strings.Split(want, "\n")))
 		}
 	}
+
+	parent = "layer-3"
+	unpack(layerOf(tarOf(t, []entry{regular(".wh..wh..opq", ""), regular("only", "")})))
+	view, err := s.View(ctx, "look-at-only", parent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mounted(t, view[0].Source, unix.MS_RDONLY, func(dir string) {
+		if names, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || !slices.Equal(names, []string{filepath.Join(dir, "only")}) {
+			t.Errorf("after an opaque root there are %q, %v", names, err)
+		}
+	})
 }
 
 // contentDB has a content store as containerd's, with the labels that a differ wants to write.
@@ -343,6 +388,26 @@ func contentDB(t *testing.T, dir string) *metadata.DB {
 		t.Fatal(err)
 	}
 	return m
+}
+
+// contentClient asks a content store by a socket, as our daemon asks containerd's.
+func contentClient(t *testing.T, store content.Store) contentapi.ContentClient {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), "content.sock")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	contentapi.RegisterContentServer(server, contentserver.New(store))
+	go func() { _ = server.Serve(l) }() // an error of it is seen by the caller
+	t.Cleanup(server.Stop)
+	conn, err := grpc.NewClient("unix:"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	return contentapi.NewContentClient(conn)
 }
 
 const sparseSize = 8 << 20

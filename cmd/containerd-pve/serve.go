@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"time"
 
+	contentapi "github.com/containerd/containerd/api/services/content/v1"
 	diffapi "github.com/containerd/containerd/api/services/diff/v1"
 	leasesapi "github.com/containerd/containerd/api/services/leases/v1"
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
@@ -26,6 +27,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/containerd-pve/containerd-pve/snapshotter"
+	"github.com/containerd-pve/containerd-pve/snapshotter/apply"
 	"github.com/containerd-pve/containerd-pve/snapshotter/compare"
 	"github.com/containerd-pve/containerd-pve/snapshotter/observe"
 	"github.com/containerd-pve/containerd-pve/snapshotter/zfs"
@@ -101,8 +103,9 @@ func serve(ctx context.Context, conf config) (err error) {
 		}
 		defer end()
 	}
-	// It is met when a layer is exported: containerd starts after us.
-	containerd, err := grpc.NewClient("unix:"+conf.Containerd, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	// It is met when a layer is unpacked or exported: containerd starts after us.
+	containerd, err := grpc.NewClient("unix:"+conf.Containerd, grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithInitialWindowSize(apply.Window), grpc.WithInitialConnWindowSize(4*apply.Window))
 	if err != nil {
 		return fmt.Errorf("containerd at %s: %w", conf.Containerd, err)
 	}
@@ -113,8 +116,8 @@ func serve(ctx context.Context, conf config) (err error) {
 	}
 	server := grpc.NewServer(grpc.ChainUnaryInterceptor(calls.Unary), grpc.ChainStreamInterceptor(calls.Stream))
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
-	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(nil, compare.New(z, s.Owns,
-		contentproxy.NewContentStore(containerd), leasesproxy.NewLeaseManager(leasesapi.NewLeasesClient(containerd)))))
+	diffapi.RegisterDiffServer(server, diffservice.FromApplierAndComparer(apply.New(s.Owns, contentapi.NewContentClient(containerd)),
+		compare.New(z, s.Owns, contentproxy.NewContentStore(containerd), leasesproxy.NewLeaseManager(leasesapi.NewLeasesClient(containerd)))))
 	failed := make(chan error, 2)
 	p, err := newProxmox(conf, z, s, containerd)
 	if err != nil {

@@ -85,11 +85,13 @@ func (r *report) row(t io.Writer, m *measurement) {
 	for i, c := range columns {
 		if of := r.find(m.Snapshots, m.Call, c); of != nil {
 			medians[i] = of.Median
+			fmt.Fprintf(t, "\t%.1f ms", 1000*medians[i])
+		} else {
+			fmt.Fprint(t, "\t-")
 		}
-		fmt.Fprintf(t, "\t%.1f ms", 1000*medians[i])
 	}
-	for _, other := range medians[1:] {
-		if medians[0] > 0 {
+	for i, other := range medians[1:] {
+		if medians[0] > 0 && r.find(m.Snapshots, m.Call, columns[i+1]) != nil {
 			fmt.Fprintf(t, "\t%.2f", other/medians[0])
 		} else {
 			fmt.Fprint(t, "\t-")

@@ -35,7 +35,7 @@ func TestReport(t *testing.T) {
 		"| snapshots | call | runs | pve-zfs | zfs | overlayfs | zfs / pve-zfs | overlayfs / pve-zfs |",
 		"| --: | :-- | --: | --: | --: | --: | --: | --: |",
 		"| 10 | Prepare | 3 | 2.0 ms | 4.0 ms | 6.0 ms | 2.00 | 3.00 |",
-		"| 10 | Cleanup | 1 | 4.0 ms | 0.0 ms | 0.0 ms | 0.00 | 0.00 |",
+		"| 10 | Cleanup | 1 | 4.0 ms | - | - | - | - |",
 		"", "Our daemon with 10 snapshots: 2.0 MiB in RAM.",
 	}
 	var got []string

@@ -39,6 +39,7 @@ type subject struct {
 	offline func(ctx context.Context) (snapshots.Snapshotter, error)
 	daemon  *exec.Cmd
 	conn    *grpc.ClientConn
+	content string // the socket where our daemon's differ meets what is containerd otherwise
 	filled  int
 	layers  int
 }
@@ -84,7 +85,7 @@ func makeSubjects(ctx context.Context, o snapshotOptions) (_ []*subject, _ func(
 		}
 		return root, (&mount.Mount{Type: "zfs", Source: o.dataset + "/" + name}).Mount(root)
 	}
-	ours := &subject{name: "pve-zfs", root: filepath.Join(dir, "ours")}
+	ours := &subject{name: "pve-zfs", root: filepath.Join(dir, "ours"), content: filepath.Join(dir, "content.sock")}
 	ours.offline = func(ctx context.Context) (snapshots.Snapshotter, error) {
 		return snapshotter.New(ctx, z, ours.root, o.dataset+"/ours")
 	}
@@ -133,7 +134,8 @@ func (s *subject) stand(ctx context.Context) error {
 // serve starts our daemon and connects to it.
 func (s *subject) serve(ctx context.Context, o snapshotOptions, dir string) (snapshots.Snapshotter, error) {
 	address := filepath.Join(dir, "ours.sock")
-	s.daemon = exec.Command(o.daemon, "serve", "--config", os.DevNull, "--zfs", zfs.NativeOnly, "--dataset", o.dataset+"/ours", "--root", s.root, "--address", address, "--log-level", "warn")
+	s.daemon = exec.Command(o.daemon, "serve", "--config", os.DevNull, "--zfs", zfs.NativeOnly, "--dataset", o.dataset+"/ours", "--root", s.root, "--address", address,
+		"--containerd-address", s.content, "--log-level", "warn")
 	s.daemon.Stderr = os.Stderr
 	if err := s.daemon.Start(); err != nil {
 		s.daemon = nil

@@ -3,16 +3,22 @@
 package install
 
 import (
+	"archive/tar"
+	"bytes"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/containerd-pve/containerd-pve/integration/pmxcfs"
 	"github.com/containerd-pve/containerd-pve/lxc/pve"
@@ -131,6 +137,65 @@ func killed(id string) string {
 
 const run = "ctr run -d --runtime io.containerd.pve.v2 --snapshotter pve-zfs " + image
 
+// netBind is security.capability with cap_net_bind_service permitted and effective.
+const netBind = "\x01\x00\x00\x02\x00\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00"
+
+// oddImage is an archive of an image, odd:1, with what a service may be forbidden to make. A directory for a mount is beside it.
+func oddImage(t *testing.T) string {
+	t.Helper()
+	type file struct {
+		tar.Header
+		data string
+	}
+	archive := func(files ...file) []byte {
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		for _, f := range files {
+			f.Size = int64(len(f.data))
+			must(t, w.WriteHeader(&f.Header))
+			_, err := w.Write([]byte(f.data))
+			must(t, err)
+		}
+		must(t, w.Close())
+		return b.Bytes()
+	}
+	layer := archive(
+		file{Header: tar.Header{Name: "setuid", Mode: 0o6755, Uid: 1000, Gid: 1001}},
+		file{Header: tar.Header{Name: "capable", Mode: 0o755, PAXRecords: map[string]string{"SCHILY.xattr.security.capability": netBind}}},
+		file{Header: tar.Header{Name: "null", Typeflag: tar.TypeChar, Mode: 0o666, Devmajor: 1, Devminor: 3}},
+		file{Header: tar.Header{Name: "loop", Typeflag: tar.TypeBlock, Mode: 0o660, Devmajor: 7}},
+	)
+	config := fmt.Sprintf(`{"architecture":%q,"os":"linux","config":{},"rootfs":{"type":"layers","diff_ids":["sha256:%x"]}}`, runtime.GOARCH, sha256.Sum256(layer))
+	dir := t.TempDir()
+	must(t, os.Mkdir(filepath.Join(dir, "at"), 0o755))
+	name := filepath.Join(dir, "odd.tar")
+	must(t, os.WriteFile(name, archive(
+		file{tar.Header{Name: "manifest.json", Mode: 0o644}, `[{"Config":"config.json","RepoTags":["odd:1"],"Layers":["layer.tar"]}]`},
+		file{tar.Header{Name: "config.json", Mode: 0o644}, config},
+		file{tar.Header{Name: "layer.tar", Mode: 0o644}, string(layer)},
+	), 0o644))
+	return name
+}
+
+// seenOdd looks for what is in oddImage.
+func seenOdd(t *testing.T, dir string) {
+	t.Helper()
+	for name, want := range map[string]unix.Stat_t{
+		"setuid": {Mode: unix.S_IFREG | 0o6755, Uid: 1000, Gid: 1001}, "capable": {Mode: unix.S_IFREG | 0o755},
+		"null": {Mode: unix.S_IFCHR | 0o666, Rdev: unix.Mkdev(1, 3)}, "loop": {Mode: unix.S_IFBLK | 0o660, Rdev: unix.Mkdev(7, 0)},
+	} {
+		var got unix.Stat_t
+		must(t, unix.Lstat(filepath.Join(dir, name), &got))
+		if got.Mode != want.Mode || got.Uid != want.Uid || got.Gid != want.Gid || got.Rdev != want.Rdev {
+			t.Errorf("%s: mode %o, owner %d:%d, device %x", name, got.Mode, got.Uid, got.Gid, got.Rdev)
+		}
+	}
+	value := make([]byte, 64)
+	if n, err := unix.Lgetxattr(filepath.Join(dir, "capable"), "security.capability", value); err != nil || string(value[:n]) != netBind {
+		t.Errorf("capabilities: %q, %v", value[:max(n, 0)], err)
+	}
+}
+
 // TestInstall: the package's life on a host with containerd 2.4.
 func TestInstall(t *testing.T) {
 	host(t, "/usr/local/bin/containerd", admin)
@@ -175,6 +240,10 @@ func TestInstall(t *testing.T) {
 	}
 
 	// The differ, as the unit lets the daemon work.
+	odd := oddImage(t)
+	ok(t, "ctr images import --snapshotter pve-zfs "+odd+" && ctr images mount --snapshotter pve-zfs docker.io/library/odd:1 "+filepath.Dir(odd)+"/at")
+	seenOdd(t, filepath.Dir(odd)+"/at")
+	ok(t, "ctr images unmount --rm --snapshotter pve-zfs "+filepath.Dir(odd)+"/at; ctr images rm --sync docker.io/library/odd:1")
 	is(t, "made", "ctr task exec --exec-id e0 two touch /made && ctr snapshots --snapshotter pve-zfs diff two | tar -tz | grep made")
 
 	// An upgrade: the shims go on as what they were, the daemon is the new one.

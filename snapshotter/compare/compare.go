@@ -145,12 +145,9 @@ type side struct {
 // side says which snapshot mounts are of. How ids are mapped where it is mounted
 // is nothing to its files.
 func (c *Comparer) side(m []mount.Mount) (side, error) {
-	dataset, ours := "", false
-	if len(m) == 1 {
-		dataset, ours = mounts.Dataset(m[0])
-	}
-	if !ours || !c.owns(dataset) {
-		return side{}, fmt.Errorf("these mounts are no snapshot of pve-zfs: %w", errdefs.ErrNotImplemented)
+	dataset, err := mounts.Owned(m, c.owns)
+	if err != nil {
+		return side{}, err
 	}
 	return side{dataset: dataset, view: slices.Contains(mounts.Anew(m[0]).Options, "ro")}, nil
 }

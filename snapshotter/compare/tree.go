@@ -3,7 +3,6 @@ package compare
 import (
 	"context"
 	"errors"
-	"fmt"
 	"os"
 	"syscall"
 
@@ -34,9 +33,8 @@ func (m *mounted) sync() error {
 	return errors.Join(unix.Syncfs(int(f.Fd())), f.Close())
 }
 
-// dir is the root's path. Nobody can put another mount or a link below it that
-// was not in the filesystem.
-func (m *mounted) dir() string { return fmt.Sprintf("/proc/self/fd/%d", m.root.Fd()) }
+// dir is the root's path.
+func (m *mounted) dir() string { return detached.Dir(m.root) }
 
 func (m *mounted) path(p string) string { return m.dir() + p }
 

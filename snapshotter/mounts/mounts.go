@@ -8,10 +8,12 @@
 package mounts
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
 )
 
 const (
@@ -19,6 +21,9 @@ const (
 	prefix  = "x-containerd-pve."
 	dataset = prefix + "dataset="
 )
+
+// maps are the options that map owners.
+var maps = []string{"uidmap", "gidmap"}
 
 // Of is the mount of a dataset, with options of the kernel's and those of containerd (uidmap, gidmap).
 func Of(dataset string, options ...string) mount.Mount {
@@ -31,7 +36,7 @@ func Bind(m mount.Mount, at string, mapped bool) mount.Mount {
 	options := []string{"bind", dataset + m.Source}
 	for _, o := range m.Options {
 		options = append(options, prefix+o)
-		if !mapped || !slices.Contains([]string{"uidmap", "gidmap"}, name(o)) {
+		if !mapped || !slices.Contains(maps, name(o)) {
 			options = append(options, o)
 		}
 	}
@@ -47,6 +52,22 @@ func name(option string) string {
 func Dataset(m mount.Mount) (string, bool) {
 	m = Anew(m)
 	return m.Source, m.Type == kind
+}
+
+// Owned is the dataset of a snapshot whose mounts these are, if owns knows it. Errors: NotImplemented, it is
+// another snapshotter's, so that containerd asks its next differ.
+func Owned(m []mount.Mount, owns func(dataset string) bool) (string, error) {
+	if len(m) == 1 {
+		if dataset, ours := Dataset(m[0]); ours && owns(dataset) {
+			return dataset, nil
+		}
+	}
+	return "", fmt.Errorf("these mounts are no snapshot of pve-zfs: %w", errdefs.ErrNotImplemented)
+}
+
+// Mapped says whether the owners of files are mapped by m.
+func Mapped(m mount.Mount) bool {
+	return slices.ContainsFunc(Anew(m).Options, func(o string) bool { return slices.Contains(maps, name(o)) })
 }
 
 // Anew is the mount that Bind had, for a container that is to have its own: the place may be gone by

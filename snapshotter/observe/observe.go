@@ -125,15 +125,15 @@ func names(req any) map[string]string {
 	return m
 }
 
-// level sorts failures. containerd asks for what may not be there and makes what
-// may be there already: those are answers, not troubles.
+// level sorts failures. containerd asks for what may not be there, makes what
+// may be there already and asks its next differ for what ours does not do: those are answers, not troubles.
 func level(code codes.Code) log.Level {
 	switch code {
-	case codes.NotFound, codes.AlreadyExists:
+	case codes.NotFound, codes.AlreadyExists, codes.Unimplemented:
 		return log.DebugLevel
 	case codes.Canceled, codes.DeadlineExceeded:
 		return log.InfoLevel
-	case codes.InvalidArgument, codes.FailedPrecondition, codes.OutOfRange, codes.Unimplemented:
+	case codes.InvalidArgument, codes.FailedPrecondition, codes.OutOfRange:
 		return log.WarnLevel
 	}
 	return log.ErrorLevel

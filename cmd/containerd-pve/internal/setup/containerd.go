@@ -103,7 +103,7 @@ func (c *containerd) dropIn() (string, error) {
 	if len(differs) == 0 {
 		differs = []string{"walking"}
 	}
-	ours := map[string]any{"platform": platform(), "snapshotter": snapshotterName, "differ": "walking"}
+	ours := map[string]any{"platform": platform(), "snapshotter": snapshotterName, "differ": differName}
 	unpacks := slices.DeleteFunc(slices.Clone(c.dump.Plugins.Transfer.Unpack), func(u map[string]any) bool { return u["snapshotter"] == snapshotterName })
 	if len(unpacks) == 0 {
 		unpacks = []map[string]any{{"platform": platform(), "snapshotter": "overlayfs", "differ": "walking"}}

@@ -16,9 +16,10 @@ var dropInTemplate = template.Must(template.New("").Parse(`# By containerd-pve i
   [proxy_plugins.pve-zfs.exports]
     root = "/var/lib/containerd-pve/snapshotter"
 
-# What ` + "`nerdctl commit`, `ctr snapshots diff`" + ` and BuildKit export of a snapshot of ours, ZFS tells: no tree is walked, a running
-# container can be exported, and times and attributes are kept. Other snapshotters' go to containerd's own, "walking".
-# All unpacking by the diff service then asks our daemon first: while it is down, that fails.
+# Layers of ours are unpacked by our daemon, which decompresses ahead of what it writes. What ` + "`nerdctl commit`, `ctr snapshots diff`" + `
+# and BuildKit export of a snapshot of ours, ZFS tells: no tree is walked, a running container can be exported, and times and
+# attributes are kept. Other snapshotters' go to containerd's own, "walking".
+# The diff service then asks our daemon first for all: while it is down, that fails.
 [proxy_plugins.pve-zfs-diff]
   type = "diff"
   address = "/run/containerd-pve/snapshotter.sock"
