@@ -30,8 +30,8 @@ func snapshotsCommand() *cobra.Command {
 		Use:   "snapshots --dataset POOL/NAME",
 		Short: "time the calls of three snapshotters, in turns",
 		Long: `Times the calls of our snapshotter against containerd's own zfs snapshotter and overlayfs, all three on one pool, with few
-snapshots there and with many, and the unpacking of images. Ours is a daemon, met through its socket; the other two run within
-this process, as they do within containerd. Needs root; the dataset is made and destroyed.`,
+snapshots there and with many, and the unpacking of images, for ours by its own differ and by containerd's. Ours is a daemon, met
+through its socket; the other two run within this process, as they do within containerd. Needs root; the dataset is made and destroyed.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			if o.runs < 1 || o.layers < 1 || !slices.IsSorted(o.counts) || o.dataset == "" {
