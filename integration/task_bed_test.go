@@ -613,6 +613,11 @@ func TestVersions(t *testing.T) {
 			if out, code := ctr("images", "pull", "--plain-http", "--snapshotter", zfs, busybox); code != 0 {
 				t.Fatal(out)
 			}
+			listed, _ := ctr("snapshots", "--snapshotter", zfs, "ls")
+			layer := regexp.MustCompile(`sha256:\S+`).FindString(listed)
+			if out, code := ctr("snapshots", "--snapshotter", zfs, "diff", layer); code != 0 || len(out) < 1000 {
+				t.Errorf("exporting %s of %s: status %d, %d bytes: %.200q", layer, listed, code, len(out), out)
+			}
 			if out, code := ctr("run", "--rm", "--runtime", ours, "--snapshotter", zfs, busybox, "old1", "sh", "-c", "echo old; exit 3"); code != 3 || out != "old\n" {
 				t.Errorf("status %d, %q", code, out)
 			}

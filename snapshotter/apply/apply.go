@@ -69,7 +69,7 @@ func mounted(ctx context.Context, dataset string, f func(dir string) error) (err
 // the disk when the snapshot was committed; diff.WithSyncFs asks for nothing more.
 //
 // Errors: NotImplemented for what containerd's own differ is to do (another snapshotter's mounts, owners that are mapped, layers that
-// want a stream processor, as encrypted ones), NotFound if the layer is not in the content store; those of the archive and the filesystem.
+// want a stream processor, as encrypted ones, all of a caller without a namespace, as containerd 1.7's diff service), NotFound if the layer is not in the content store; those of the archive and the filesystem.
 func (a *Applier) Apply(ctx context.Context, desc ocispec.Descriptor, m []mount.Mount, opts ...diff.ApplyOpt) (_ ocispec.Descriptor, err error) {
 	var config diff.ApplyConfig
 	for _, o := range opts {
@@ -89,12 +89,12 @@ func (a *Applier) Apply(ctx context.Context, desc ocispec.Descriptor, m []mount.
 	if mounts.Mapped(m[0]) || suffix != "" && suffix != kind || len(config.ProcessorPayloads) > 0 {
 		return ocispec.Descriptor{}, fmt.Errorf("unpacking %s (%s) with mapped owners or a stream processor: %w", desc.Digest, desc.MediaType, errdefs.ErrNotImplemented)
 	}
+	namespace, ok := namespaces.Namespace(ctx)
+	if !ok {
+		return ocispec.Descriptor{}, fmt.Errorf("unpacking %s for a caller that does not say its namespace: %w", desc.Digest, errdefs.ErrNotImplemented)
+	}
 	fail := func(err error) (ocispec.Descriptor, error) {
 		return ocispec.Descriptor{}, fmt.Errorf("unpacking layer %s into %s: %w", desc.Digest, dataset, err)
-	}
-	namespace, err := namespaces.NamespaceRequired(ctx)
-	if err != nil {
-		return fail(err)
 	}
 	layer, err := a.open(namespaces.WithNamespace(ctx, namespace), desc, kind)
 	if err != nil {

@@ -190,6 +190,7 @@ func TestLeft(t *testing.T) {
 		opts   []diff.ApplyOpt
 	}{
 		"another snapshotter's": {layer, []mount.Mount{{Type: "overlay", Source: "overlay"}}, nil},
+		"no namespace":          {layer, ours, nil},
 		"another dataset":       {layer, []mount.Mount{mounts.Of("tank/other/7")}, nil},
 		"mapped owners":         {layer, []mount.Mount{mounts.Of("tank/ct/7", "uidmap=0:100000:65536", "gidmap=0:100000:65536")}, nil},
 		"a processor's":         {layer, ours, []diff.ApplyOpt{diff.WithPayloads(map[string]typeurl.Any{"key": nil})}},
@@ -199,7 +200,11 @@ func TestLeft(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
-			_, err := standing(b, dir).Apply(namespaces.WithNamespace(t.Context(), "test"), c.layer, c.mounts, c.opts...)
+			ctx := namespaces.WithNamespace(t.Context(), "test")
+			if name == "no namespace" {
+				ctx = t.Context()
+			}
+			_, err := standing(b, dir).Apply(ctx, c.layer, c.mounts, c.opts...)
 			if !errdefs.IsNotImplemented(err) {
 				t.Errorf("%v, want NotImplemented", err)
 			}
@@ -219,12 +224,11 @@ func TestApplyFails(t *testing.T) {
 		fail error
 		is   func(error) bool
 	}{
-		"cut short":    {whole[:len(whole)/2], nil, func(err error) bool { return errors.Is(err, io.ErrUnexpectedEOF) }},
-		"cannot read":  {whole, gone, errdefs.IsUnavailable},
-		"not gzip":     {[]byte("\x1f\x8b\x08 is no archive"), nil, func(err error) bool { return err != nil }},
-		"no archive":   {gzipped(t, bytes.Repeat([]byte("x"), 1024)), nil, func(err error) bool { return errors.Is(err, tar.ErrHeader) }},
-		"not there":    {nil, nil, errdefs.IsNotFound},
-		"no namespace": {whole, nil, errdefs.IsFailedPrecondition},
+		"cut short":   {whole[:len(whole)/2], nil, func(err error) bool { return errors.Is(err, io.ErrUnexpectedEOF) }},
+		"cannot read": {whole, gone, errdefs.IsUnavailable},
+		"not gzip":    {[]byte("\x1f\x8b\x08 is no archive"), nil, func(err error) bool { return err != nil }},
+		"no archive":  {gzipped(t, bytes.Repeat([]byte("x"), 1024)), nil, func(err error) bool { return errors.Is(err, tar.ErrHeader) }},
+		"not there":   {nil, nil, errdefs.IsNotFound},
 	} {
 		t.Run(name, func(t *testing.T) {
 			b := &blobs{of: map[digest.Digest][]byte{}, fail: c.fail}
@@ -233,9 +237,6 @@ func TestApplyFails(t *testing.T) {
 				delete(b.of, d.Digest)
 			}
 			ctx := namespaces.WithNamespace(t.Context(), "test")
-			if name == "no namespace" {
-				ctx = t.Context()
-			}
 			_, err := standing(b, t.TempDir()).Apply(ctx, d, ours)
 			if !c.is(err) {
 				t.Errorf("%v", err)

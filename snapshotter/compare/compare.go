@@ -76,7 +76,7 @@ func New(z ZFS, owns func(dataset string) bool, store content.Store, leases leas
 
 // Compare writes what upper has more or less than lower into the content store.
 // lower may be empty. Errors: NotImplemented for mounts that are not this
-// snapshotter's and for unknown media types, so that containerd asks its next differ.
+// snapshotter's, for unknown media types and for a caller without a namespace, so that containerd asks its next differ.
 func (c *Comparer) Compare(ctx context.Context, lower, upper []mount.Mount, opts ...diff.Opt) (_ ocispec.Descriptor, err error) {
 	var config diff.Config
 	for _, o := range opts {
@@ -101,6 +101,9 @@ func (c *Comparer) Compare(ctx context.Context, lower, upper []mount.Mount, opts
 	to, err := c.side(upper)
 	if err != nil {
 		return ocispec.Descriptor{}, err
+	}
+	if _, ok := namespaces.Namespace(ctx); !ok {
+		return ocispec.Descriptor{}, fmt.Errorf("exporting %s for a caller that does not say its namespace: %w", to.dataset, errdefs.ErrNotImplemented)
 	}
 	var from side
 	if len(lower) > 0 {
